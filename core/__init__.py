@@ -1,0 +1,1 @@
+"""Mechanism that the stages share; each file reads on its own."""

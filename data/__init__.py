@@ -1,0 +1,1 @@
+"""From raw text, conversations, comparisons, problems and pictures to token ids."""
