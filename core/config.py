@@ -61,6 +61,13 @@ class RunConfig:
     keep_checkpoints: int = 2  # newest checkpoints kept
     dry_run: bool = False  # print configuration, parameters, tokens, FLOPs and memory, then stop
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "seq_len", "batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
+            require(getattr(self, name) > 0, f"--{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every", "seed"):
+            require(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
+        require(self.warmup_steps <= self.steps, f"--warmup_steps {self.warmup_steps} is more than --steps {self.steps}")
+
 
 def comments_of(config_class: type) -> dict[str, str]:
     """The trailing comment of each field, base classes included: the help text is written once, beside the field."""
