@@ -9,7 +9,7 @@ within milliseconds, power towers and factorials included.
     product = sign (("*" | "/" | "//" | "%") sign | power)*     no operator between = times: 2x, 3(x + 1)
     sign    = ("+" | "-")* power
     power   = postfix (("^" | "**") sign)?
-    postfix = atom ("!" | "%")*                                 "%" with nothing to divide by after it: percent
+    postfix = atom ("!" | "%")*                                 percent where no divisor follows the "%"
     atom    = number | name | name "(" sum ("," sum)* ")" | "(" sum ")"
 
 A tree is a Fraction, a name (str), or a tuple (operator or function name, operands...).
@@ -51,7 +51,7 @@ def exact_root(value: Fraction, degree: int) -> Fraction | None:
 
 
 def power(base: Number, exponent: Number) -> Number:
-    """base ** exponent: exact for whole exponents and perfect roots, else a float. Refused where too large."""
+    """base ** exponent: exact for whole exponents and perfect roots, else a float; refused if too large."""
     if base == 0 and exponent < 0:
         raise ExpressionError("zero to a negative power")
     if isinstance(base, Fraction) and isinstance(exponent, Fraction):
