@@ -1,0 +1,722 @@
+"""Text to token ids and back: train a byte-level BPE, extend one, and load those of published models.
+
+Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) on bytes (GPT-2): text is cut into words by a regular
+expression, each word starts as its bytes, and learned merges join neighbours, earliest-learned first. Every text
+has an encoding, and decoding gives back exactly the same bytes.
+
+Four kinds of published vocabulary load into one interface (`load_tokenizer`):
+
+    folder or file                         runs through     class
+    tokenizer.json, byte-level BPE         tiktoken         BytePairTokenizer
+    vocab.json + merges.txt (GPT-2, MOSS)  tiktoken         BytePairTokenizer
+    *.tiktoken rank file                   tiktoken         BytePairTokenizer
+    tokenizer.model (Llama, Mistral)       sentencepiece    SentencePieceTokenizer
+    any other tokenizer.json               tokenizers       LibraryTokenizer
+
+Special tokens are only ever placed by code, through their ids: `encode` treats "</s>" in a text as four ordinary
+characters, so nobody can end a turn or forge a role by writing the marker.
+
+    python data/tokenizer.py train --data FILE_OR_FOLDER... --vocab_size 8192 --out FOLDER
+    python data/tokenizer.py extend --tokenizer FOLDER --data FILE_OR_FOLDER... --n_merges 2000 --out FOLDER
+"""
+
+import base64
+import heapq
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import regex
+import tiktoken
+
+if __name__ == "__main__":  # run as a script, this folder is first on the path and must give way to the root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from core.config import UserError
+
+# How text is cut into words before merging; no merge crosses a cut. One character (a space, a quote, a bracket)
+# may lead a run of letters, so " word", "_name" and "(x" are one word each. Digits stand alone: 7, 27 and 127 then
+# share the token "7", place value is visible, and a small model learns to carry instead of memorising 1,000 pieces.
+# A run of spaces leaves its last one to the word after it, which keeps indentation in one token.
+PATTERN = (
+    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"
+    r"|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CL100K_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+RANK_FILE_PATTERNS = {"gpt2": GPT2_PATTERN, "r50k": GPT2_PATTERN, "p50k": GPT2_PATTERN, "cl100k": CL100K_PATTERN}
+
+# Ours: document start and end, padding; MOSS's turn markers (end of human, thoughts, commands, results, MOSS);
+# the place of a picture; five quality tags for preference-aware training.
+SPECIAL_TOKENS = (
+    "<s>", "</s>", "<pad>", "<eoh>", "<eot>", "<eoc>", "<eor>", "<eom>", "<image>",
+    "<quality_0>", "<quality_1>", "<quality_2>", "<quality_3>", "<quality_4>",
+)  # fmt: skip
+
+
+def printable_bytes() -> dict[int, str]:
+    """GPT-2's alphabet: one visible character for each of the 256 bytes, used by vocab.json and tokenizer.json."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+BYTE_TO_CHAR = printable_bytes()
+CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+
+
+def to_chars(token: bytes) -> str:
+    return "".join(BYTE_TO_CHAR[byte] for byte in token)
+
+
+def to_bytes(chars: str) -> bytes:
+    """Inverse of `to_chars`; KeyError for a character outside the alphabet."""
+    return bytes(CHAR_TO_BYTE[char] for char in chars)
+
+
+class Tokenizer:
+    """What every kind of tokenizer offers; the subclasses supply `encode`, `decode_bytes` and `save`."""
+
+    special_tokens: dict[str, int]
+    vocab_size: int  # highest id + 1, special tokens included
+    bos_id: int | None
+    eos_id: int
+    pad_id: int | None
+    chat_template: str | None
+
+    def __init__(self, special_tokens: dict[str, int], vocab_size: int, settings: dict[str, Any]) -> None:
+        """settings: as in tokenizer_config.json; of it bos_token, eos_token, pad_token, chat_template are read."""
+        self.special_tokens, self.vocab_size, self.settings = special_tokens, vocab_size, settings
+        self.bos_id, eos_id, self.pad_id = (special_tokens.get(settings.get(f"{n}_token")) for n in ("bos", "eos", "pad"))
+        if eos_id is None:
+            raise UserError(f"the tokenizer names no end-of-text token (eos_token); it has {list(special_tokens)[:20]}")
+        self.eos_id = eos_id
+        self.chat_template = settings.get("chat_template")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: no BOS, and never a special token, whatever the text says."""
+        raise NotImplementedError
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes the tokens stand for, special tokens as their names. decode_bytes(a + b) is the sum of both."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; bytes that are not whole UTF-8 characters become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers.AutoTokenizer reads."""
+        raise NotImplementedError
+
+    def save_settings(self, folder: Path) -> None:
+        """tokenizer_config.json, in which the library's clean-up of spaces is off: it would alter decoded text."""
+        by_id = {token_id: name for name, token_id in self.special_tokens.items()}
+        settings = {
+            **self.settings,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "chat_template": self.chat_template,
+        }
+        for key, token_id in (("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.pad_id)):
+            settings[f"{key}_token"] = by_id.get(token_id)
+        write_json(folder / "tokenizer_config.json", {k: v for k, v in settings.items() if v is not None})
+
+
+class BytePairTokenizer(Tokenizer):
+    """Byte-level BPE, run by tiktoken.
+
+    ranks: token bytes -> id, in the order the merges were learned; ids must grow in that order but may leave gaps
+        (an extended vocabulary has its special tokens in the gap).
+    whitespace: whole runs of spaces or tabs that are tokens of their own, as in CodeGen and MOSS: text -> id.
+    mode: "lossless", or "compat" = as MOSS's released tokenizer, which drops white space beside such runs.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[bytes, int],
+        special_tokens: dict[str, int],
+        pattern: str = PATTERN,
+        settings: dict[str, Any] | None = None,
+        whitespace: dict[str, int] | None = None,
+        mode: Literal["lossless", "compat"] = "lossless",
+    ) -> None:
+        self.ranks, self.pattern, self.whitespace, self.mode = ranks, pattern, whitespace or {}, mode
+        vocab_size = 1 + max(*ranks.values(), *special_tokens.values(), *self.whitespace.values(), -1)
+        super().__init__(special_tokens, vocab_size, settings or {})
+        # The runs are special tokens to tiktoken only for decoding: in encoding it would not take the longest.
+        self.encoding = tiktoken.Encoding(
+            "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens | self.whitespace
+        )
+        runs = sorted(self.whitespace, key=len, reverse=True)
+        self.run_pattern = regex.compile(f"({'|'.join(map(regex.escape, runs))})") if runs else None
+
+    def encode(self, text: str) -> list[int]:
+        if self.run_pattern is None:
+            return self.encoding.encode_ordinary(text)
+        parts = [part for part in self.run_pattern.split(text) if part]
+        if self.mode == "compat":
+            parts = strip_beside_runs(parts, self.whitespace)
+        ids: list[int] = []
+        for part in parts:
+            ids += [self.whitespace[part]] if part in self.whitespace else self.encoding.encode_ordinary(part)
+        return ids
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        if self.run_pattern is None:
+            return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+        return [self.encode(text) for text in texts]
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return self.encoding.decode_bytes(ids)
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        added = sorted((self.special_tokens | self.whitespace).items(), key=lambda item: item[1])
+        # The library numbers added tokens itself unless the vocabulary already has them: there they keep their ids.
+        vocab = {to_chars(token): token_id for token, token_id in self.ranks.items()} | dict(added)
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        content = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": token_id, "content": name, **flags, "special": name in self.special_tokens}
+                for name, token_id in added
+            ],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": vocab,
+                "merges": [[to_chars(left), to_chars(right)] for left, right in merges_of(self.ranks)],
+            },
+        }
+        write_json(folder / "tokenizer.json", content)
+        self.save_settings(folder)
+
+
+class LibraryTokenizer(Tokenizer):
+    """A tokenizer.json of any other kind, run by Hugging Face's `tokenizers`; saved as it was read."""
+
+    def __init__(self, content: str, special_tokens: dict[str, int], settings: dict[str, Any]) -> None:
+        tokenizers = optional_import("tokenizers", "this kind of tokenizer.json")
+        self.content = content
+        self.library = tokenizers.Tokenizer.from_str(content)
+        self.library.encode_special_tokens = True  # in the library's words: special tokens in a text are plain text
+        self.library.no_truncation()
+        self.library.no_padding()
+        ids = self.library.get_vocab(with_added_tokens=True).values()
+        super().__init__(special_tokens, 1 + max(ids), settings)
+        self.names = {token_id: name for name, token_id in special_tokens.items()}
+
+    def encode(self, text: str) -> list[int]:
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        return [item.ids for item in self.library.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.library.decode(list(ids), skip_special_tokens=False)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Token by token: the library joins bytes into characters only in its own decoder, so undo its alphabets."""
+        pieces = []
+        for token_id in ids:
+            piece = self.library.id_to_token(token_id)
+            if token_id in self.names:
+                pieces.append(piece.encode())
+            elif '"ByteLevel"' in self.content:
+                pieces.append(to_bytes(piece))
+            else:
+                pieces.append(piece_bytes(piece))
+        return b"".join(pieces)
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "tokenizer.json", self.content)
+        self.save_settings(folder)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece BPE model (Llama, Mistral, Moxin), run by `sentencepiece`.
+
+    A space is "▁", a text gets one in front (which `decode` takes off again), and characters outside the
+    vocabulary fall back to byte pieces such as <0xE4>. extra: special tokens added beside the model file.
+    """
+
+    def __init__(self, model_file: Path, extra: dict[str, int], settings: dict[str, Any]) -> None:
+        library = optional_import("sentencepiece", model_file.name)
+        try:
+            self.library = library.SentencePieceProcessor(model_file=str(model_file))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{model_file}: not a SentencePiece model ({error})") from None
+        sp, self.model_file = self.library, model_file
+        size = sp.vocab_size()
+        self.pieces = [sp.id_to_piece(i) for i in range(size)]
+        self.special = [sp.is_control(i) or sp.is_unknown(i) for i in range(size)]
+        special_tokens = {self.pieces[i]: i for i in range(size) if self.special[i]} | extra
+        self.names = {token_id: name for name, token_id in special_tokens.items()}
+        named = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "pad_token": sp.pad_id()}
+        settings = {key: self.pieces[i] for key, i in named.items() if i >= 0} | settings
+        super().__init__(special_tokens, 1 + max(size - 1, *special_tokens.values()), settings)
+
+    def encode(self, text: str) -> list[int]:
+        return self.library.encode(text)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return b"".join(
+            self.names[i].encode() if i in self.names else piece_bytes(self.pieces[i]) for i in map(int, ids)
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text = super().decode(ids)
+        return text[1:] if text.startswith(" ") else text
+
+    def save(self, folder: str | Path) -> None:
+        """tokenizer.json by the rule that SentencePiece itself follows: best score first, then leftmost."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        sp, ids = self.library, {piece: i for i, piece in enumerate(self.pieces)}
+        merges = []
+        for i, piece in enumerate(self.pieces):
+            if not (self.special[i] or sp.is_byte(i)):
+                splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+                splits = [(left, right) for left, right in splits if left in ids and right in ids]
+                merges += [(-sp.get_score(i), ids[left], ids[right]) for left, right in splits]
+        merges.sort()
+        normalizers: list[dict[str, Any]] = [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ]
+        if sp.encode("a  b") == sp.encode("a b"):  # trained to remove extra white space
+            extra_spaces = {"Regex": r"\A +| +\z| +(?= )"}
+            normalizers.insert(0, {"type": "Replace", "pattern": extra_spaces, "content": ""})
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        content = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": i, "content": name, **flags} for i, name in sorted(self.names.items())],
+            "normalizer": {"type": "Sequence", "normalizers": normalizers},
+            "pre_tokenizer": None,
+            "post_processor": None,
+            "decoder": {
+                "type": "Sequence",
+                "decoders": [
+                    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                    {"type": "ByteFallback"},
+                    {"type": "Fuse"},
+                    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                ],
+            },
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": self.pieces[sp.unk_id()],
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": True,
+                "byte_fallback": True,
+                "ignore_merges": False,
+                "vocab": ids | self.special_tokens,
+                "merges": [[self.pieces[left], self.pieces[right]] for _, left, right in merges],
+            },
+        }
+        write_json(folder / "tokenizer.json", content)
+        self.save_settings(folder)
+
+
+def piece_bytes(piece: str) -> bytes:
+    """A SentencePiece piece as bytes: <0xE4> is one byte, "▁" a space."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("▁", " ").encode()
+
+
+def strip_beside_runs(parts: list[str], runs: dict[str, int]) -> list[str]:
+    """MOSS's released tokenizer: the neighbours of an added token lose their white space on the side that touches
+    it, in order from the left, and a neighbour that is itself a run may vanish. Kept only to give the same ids."""
+    parts = list(parts)
+    for i, part in enumerate(parts):
+        if part in runs:
+            if i + 1 < len(parts):
+                parts[i + 1] = parts[i + 1].lstrip()
+            if i > 0:
+                parts[i - 1] = parts[i - 1].rstrip()
+    return [part for part in parts if part]
+
+
+# ---------------------------------------------------------------- training
+
+
+def count_words(texts: Iterable[str], pattern: str) -> Counter[str]:
+    """How often each word occurs. Training then works on distinct words: a tenth to a hundredth of the text."""
+    find, counts = regex.compile(pattern).findall, Counter()
+    for text in texts:
+        counts.update(find(text))
+    return counts
+
+
+def learn_merges(
+    words: list[list[int]], counts: list[int], names: dict[int, bytes], n_merges: int, first_id: int, keep_ascii: bool
+) -> None:
+    """Add up to n_merges tokens to `names` (id -> bytes), each joining the then most frequent pair of neighbours.
+
+    words: token ids of each distinct word, altered in place; counts: how often each word occurs.
+    keep_ascii: never make a token of ASCII characters alone.
+    Ties go to the pair with the smaller ids, so the result depends on the counts alone. Stops early when no pair
+    occurs twice. The pair counts are kept up to date instead of counted anew, and only words that contain the
+    pair are touched; the heap may hold old, too high counts, which are corrected when they come to the top.
+    """
+    pair_counts: dict[tuple[int, int], int] = defaultdict(int)
+    words_with: dict[tuple[int, int], set[int]] = defaultdict(set)
+    for index, word in enumerate(words):
+        for pair in zip(word, word[1:], strict=False):
+            pair_counts[pair] += counts[index]
+            words_with[pair].add(index)
+
+    def wanted(pair: tuple[int, int]) -> bool:
+        return not (keep_ascii and names[pair[0]].isascii() and names[pair[1]].isascii())
+
+    heap = [(-count, pair) for pair, count in pair_counts.items() if wanted(pair)]
+    heapq.heapify(heap)
+    new_id = first_id
+    while heap and new_id < first_id + n_merges:
+        negative_count, pair = heapq.heappop(heap)
+        count = pair_counts.get(pair, 0)
+        if count != -negative_count:
+            if count > 0:
+                heapq.heappush(heap, (-count, pair))
+            continue
+        if count < 2:
+            break
+        left, right = pair
+        names[new_id] = names[left] + names[right]
+        change: dict[tuple[int, int], int] = defaultdict(int)
+        for index in words_with.pop(pair):
+            word, n, start = words[index], counts[index], 0
+            while left in word[start:-1]:
+                i = word.index(left, start)
+                start = i + 1
+                if word[start] != right:
+                    continue
+                if i > 0:
+                    change[word[i - 1], left] -= n
+                    change[word[i - 1], new_id] += n
+                    words_with[word[i - 1], new_id].add(index)
+                if i + 2 < len(word):
+                    change[right, word[i + 2]] -= n
+                    change[new_id, word[i + 2]] += n
+                    words_with[new_id, word[i + 2]].add(index)
+                word[i : i + 2] = [new_id]
+        del pair_counts[pair]
+        change.pop(pair, None)
+        for other, difference in change.items():
+            pair_counts[other] += difference
+            if difference > 0 and wanted(other):
+                heapq.heappush(heap, (-pair_counts[other], other))
+        new_id += 1
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    pattern: str = PATTERN,
+    chat_template: str | None = None,
+) -> BytePairTokenizer:
+    """A new vocabulary of `vocab_size` ids: 256 bytes, merges, then the special tokens.
+
+    The first three special tokens are taken as begin, end and padding. Little text gives fewer merges than asked.
+    """
+    n_merges = vocab_size - 256 - len(special_tokens)
+    if n_merges < 0:
+        raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens")
+    counts = count_words(texts, pattern)
+    if not counts:
+        raise UserError("no text to train a tokenizer on")
+    names = {byte: bytes([byte]) for byte in range(256)}
+    words = [list(word.encode("utf-8", errors="replace")) for word in counts]
+    learn_merges(words, list(counts.values()), names, n_merges, first_id=256, keep_ascii=False)
+    special = {name: len(names) + i for i, name in enumerate(special_tokens)}
+    settings = dict(zip(("bos_token", "eos_token", "pad_token"), special_tokens, strict=False))
+    ranks = {name: token_id for token_id, name in names.items()}
+    return BytePairTokenizer(ranks, special, pattern, settings | {"chat_template": chat_template})
+
+
+def extend_tokenizer(
+    tokenizer: BytePairTokenizer, texts: Iterable[str], n_merges: int, keep_ascii: bool = True
+) -> BytePairTokenizer:
+    """Continue the merges of a vocabulary on new text, as MOSS did with some 55,000 Chinese ones on top of GPT-2's.
+
+    Every old id keeps its meaning, special tokens included, so the new ids start after the last old one. With
+    keep_ascii no new token is made of ASCII alone, which leaves the encoding of all ASCII text as it was: English
+    and code are untouched even where the new text is full of English names.
+    """
+    if not isinstance(tokenizer, BytePairTokenizer):
+        raise UserError("only byte-level BPE vocabularies can be extended")
+    counts = count_words(texts, tokenizer.pattern)
+    if keep_ascii:
+        counts = Counter({word: count for word, count in counts.items() if not word.isascii()})
+    names = {token_id: token for token, token_id in tokenizer.ranks.items()}
+    words = [tokenizer.encoding.encode_ordinary(word) for word in counts]
+    learn_merges(words, list(counts.values()), names, n_merges, tokenizer.vocab_size, keep_ascii)
+    ranks = {token: token_id for token_id, token in names.items()}
+    return BytePairTokenizer(
+        ranks, tokenizer.special_tokens, tokenizer.pattern,
+        {**tokenizer.settings, "chat_template": tokenizer.chat_template}, tokenizer.whitespace, tokenizer.mode,
+    )  # fmt: skip
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merge behind each token of more than one byte: what the earlier merges leave of its bytes is two parts."""
+    merges = []
+    for token, token_id in ranks.items():
+        if len(token) > 1:
+            parts = [token[i : i + 1] for i in range(len(token))]
+            while len(parts) > 2:
+                pairs = [ranks.get(a + b, token_id) for a, b in zip(parts, parts[1:], strict=False)]
+                first = pairs.index(min(pairs))
+                if pairs[first] >= token_id:
+                    raise UserError(f"token {token!r} cannot be built by two earlier tokens; the vocabulary is damaged")
+                parts[first : first + 2] = [parts[first] + parts[first + 1]]
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_tokenizer(
+    path: str | Path, pattern: str | None = None, mode: Literal["lossless", "compat"] = "lossless"
+) -> Tokenizer:
+    """The tokenizer in a folder or file; the table at the top of this file lists the kinds.
+
+    pattern: how a rank file's text is cut into words, where its name does not tell.
+    mode: for vocabularies with runs of white space (MOSS): see BytePairTokenizer.
+    Raises UserError naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no tokenizer here (no such file or folder)")
+    folder = path if path.is_dir() else path.parent
+    settings = read_settings(folder)
+    if path.is_dir():
+        names = ("tokenizer.json", "tokenizer.model", "vocab.json", "encoder.json")
+        found = [path / name for name in names if (path / name).is_file()] + sorted(path.glob("*.tiktoken"))
+        if not found:
+            raise UserError(f"{path}: no tokenizer in this folder (looked for {', '.join(names)}, *.tiktoken)")
+        path = found[0]
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path, read_added(folder), settings)
+    if path.suffix == ".tiktoken":
+        return load_ranks(path, pattern, settings)
+    if path.name in ("vocab.json", "encoder.json", "merges.txt", "vocab.bpe"):
+        return load_vocab_merges(folder, settings, mode)
+    return load_tokenizer_json(path, settings, mode)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """special_tokens_map.json, tokenizer_config.json and chat_template.jinja of a folder, with tokens as text."""
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            settings |= read_json(folder / name)
+    if (folder / "chat_template.jinja").is_file():
+        settings["chat_template"] = read_text(folder / "chat_template.jinja")
+    for key in ("bos_token", "eos_token", "pad_token"):
+        if isinstance(settings.get(key), dict):
+            settings[key] = settings[key]["content"]
+    if not isinstance(settings.get("chat_template"), str | None):
+        settings["chat_template"] = None  # several named templates: none of them is the template
+    settings.pop("added_tokens_decoder", None)  # repeats what tokenizer.json says
+    return settings
+
+
+def read_added(folder: Path) -> dict[str, int]:
+    return read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
+
+
+def with_end_token(settings: dict[str, Any], special_tokens: dict[str, int]) -> dict[str, Any]:
+    """Settings that name an end token: where no file does, the usual name that the vocabulary has."""
+    usual = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "<eom>")
+    known = next((name for name in usual if name in special_tokens), None)
+    return {"eos_token": known, "bos_token": "<s>" if "<s>" in special_tokens else None} | settings
+
+
+def load_ranks(path: Path, pattern: str | None, settings: dict[str, Any]) -> BytePairTokenizer:
+    """A tiktoken rank file: lines of base64 bytes and rank. It holds neither the pattern nor the special tokens."""
+    ranks = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise UserError(f"{path}:{number}: expected a base64 token and its rank") from None
+    pattern = pattern or next((p for name, p in RANK_FILE_PATTERNS.items() if path.name.startswith(name)), None)
+    if pattern is None:
+        raise UserError(f"{path}: a rank file does not say how text is cut into words; give `pattern`")
+    ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+    special = {"<|endoftext|>": 1 + max(ranks.values())}
+    return BytePairTokenizer(ranks, special, pattern, {"eos_token": "<|endoftext|>"} | settings)
+
+
+def load_vocab_merges(folder: Path, settings: dict[str, Any], mode: Literal["lossless", "compat"]) -> Tokenizer:
+    """GPT-2's two files; added_tokens.json, where there is one, adds markers and runs of white space (MOSS)."""
+    names = [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")]
+    pair = next((p for p in names if (folder / p[0]).is_file()), names[0])
+    vocab_file, merges_file = folder / pair[0], folder / pair[1]
+    for file in (vocab_file, merges_file):
+        if not file.is_file():
+            raise UserError(f"{file}: missing; a GPT-2-type tokenizer is {pair[0]} and {pair[1]} together")
+    lines = [line for line in read_text(merges_file).split("\n") if line and not line.startswith("#version")]
+    merges = [line.split(" ") for line in lines]
+    return byte_pair_tokenizer(
+        vocab_file, read_json(vocab_file), merges, read_added(folder), GPT2_PATTERN, settings, mode
+    ) or library_byte_pair(read_json(vocab_file), merges, read_added(folder), settings)
+
+
+def load_tokenizer_json(path: Path, settings: dict[str, Any], mode: Literal["lossless", "compat"]) -> Tokenizer:
+    """A tokenizer.json; through tiktoken where that gives the same ids, else through the library it was made for."""
+    content = read_json(path)
+    try:
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        plain = [token for token in content["added_tokens"] if not token["special"]]
+        pattern = byte_level_pattern(content)
+        if pattern and all(is_run(token["content"]) for token in plain):
+            merges = [m.split(" ") if isinstance(m, str) else m for m in content["model"]["merges"]]
+            vocab = content["model"]["vocab"]
+            tokenizer = byte_pair_tokenizer(path, vocab, merges, added, pattern, settings, mode)
+            if tokenizer:
+                return tokenizer
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a tokenizer.json (missing {error})") from None
+    special = {token["content"]: token["id"] for token in content["added_tokens"] if token["special"]}
+    return LibraryTokenizer(read_text(path), special, with_end_token(settings, special))
+
+
+def byte_level_pattern(content: dict[str, Any]) -> str | None:
+    """The word pattern of a plain byte-level BPE tokenizer.json; None if it does anything else besides."""
+    steps = content["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    model, last = content["model"], steps[-1]
+    if model["type"] != "BPE" or content["normalizer"] or last.get("type") != "ByteLevel" or last["add_prefix_space"]:
+        return None
+    if len(steps) == 1 and last.get("use_regex", True):
+        return GPT2_PATTERN
+    split = steps[0]
+    regular = split["type"] == "Split" and split["behavior"] == "Isolated" and "Regex" in split["pattern"]
+    return split["pattern"]["Regex"] if len(steps) == 2 and regular and not last["use_regex"] else None
+
+
+def is_run(text: str) -> bool:
+    return len(text) > 1 and set(text) in ({" "}, {"\t"})
+
+
+def byte_pair_tokenizer(
+    path: Path, vocab: dict[str, int], merges: list[list[str]], added: dict[str, int], pattern: str,
+    settings: dict[str, Any], mode: Literal["lossless", "compat"],
+) -> BytePairTokenizer | None:  # fmt: skip
+    """The vocabulary for tiktoken, or None where tiktoken would give other ids.
+
+    tiktoken joins the pair whose result has the lowest id: that is the merge list's order only if ids grow along
+    the list and no token is made by two merges.
+    """
+    try:
+        single = {bytes([byte]): vocab[char] for byte, char in BYTE_TO_CHAR.items()}
+        merged = [(to_bytes(left + right), vocab[left + right]) for left, right in merges]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: vocabulary and merges do not fit together ({error})") from None
+    ids = [token_id for _, token_id in merged]
+    if any(a >= b for a, b in zip(ids, ids[1:], strict=False)) or (ids and max(single.values()) > ids[0]):
+        return None
+    ranks = single | dict(merged)
+    whitespace = {name: token_id for name, token_id in added.items() if is_run(name)}
+    ordinary = set(ranks.values())
+    special = {name: token_id for name, token_id in vocab.items() if token_id not in ordinary} | added
+    special = {name: token_id for name, token_id in special.items() if name not in whitespace}
+    return BytePairTokenizer(ranks, special, pattern, with_end_token(settings, special), whitespace, mode)
+
+
+def library_byte_pair(
+    vocab: dict[str, int], merges: list[list[str]], added: dict[str, int], settings: dict[str, Any]
+) -> LibraryTokenizer:
+    """GPT-2's two files in an order that tiktoken cannot follow, as a tokenizer.json for the library."""
+    special = {name: i for name, i in vocab.items() if name.startswith("<|") and name.endswith("|>")} | added
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    content = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": name, **flags, "special": not is_run(name)} for name, i in special.items()
+        ],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab | special, "merges": merges},
+    }
+    special = {name: i for name, i in special.items() if not is_run(name)}
+    return LibraryTokenizer(json.dumps(content), special, with_end_token(settings, special))
+
+
+# ---------------------------------------------------------------- files
+
+
+def optional_import(package: str, purpose: str) -> Any:
+    """A package that only some tokenizers need; UserError says which and how to get it."""
+    try:
+        return __import__(package)
+    except ImportError:
+        raise UserError(f"{purpose} needs the package {package}: pip install {package}") from None
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return content
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
