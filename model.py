@@ -65,7 +65,7 @@ PRESETS: dict[str, Config] = {
     "tiny": Config(max_seq_len=1024),
     "small": Config(
         vocab_size=32_000, layers=12, dim=768, heads=12, kv_heads=4, ffn_dim=2048, max_seq_len=4096
-    ),  # 113 M parameters
+    ),  # 124,668,672 parameters
     # arXiv 2412.06845, table 1 and the released config.json: Mistral-7B widened to 36 layers. 8,114,180,096.
     "moxin-7b": Config(
         vocab_size=32_000,
@@ -187,6 +187,19 @@ class Layer(nn.Module):
         return attended + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(attended))
 
 
+def seeded(seed: int, name: str) -> torch.Generator:
+    """A generator of a tensor's own, so that its values do not depend on what was drawn before it."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+
+
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into a parameter, of which this process may hold only a shard."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        value = distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
+    parameter.copy_(value)
+
+
 class Transformer(nn.Module):
     """Decoder-only language model: tokens [B, T] int64 -> logits [B, T, V].
 
@@ -215,12 +228,8 @@ class Transformer(nn.Module):
             if parameter.ndim > 1:
                 residual = name.endswith(("attention.o.weight", "mlp.down.weight"))
                 std = self.config.init_std / (math.sqrt(2 * self.config.layers) if residual else 1)
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-                value.normal_(0, std, generator=generator)
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                value = distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
-            parameter.copy_(value)
+                value.normal_(0, std, generator=seeded(seed, name))
+            assign(parameter, value)
 
     def hidden_states(
         self,
@@ -247,9 +256,9 @@ class Transformer(nn.Module):
             x = layer(x, rope, bounds, cache)
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, bounds: Any = None, positions: Tensor | None = None) -> Tensor:
-        """tokens [B, T] -> logits [B, T, V]."""
-        return self.head(self.hidden_states(tokens, bounds, positions))
+    def forward(self, tokens: Tensor, bounds: Any = None, positions: Tensor | None = None, **inputs: Any) -> Tensor:
+        """tokens [B, T] -> logits [B, T, V]. Further `inputs`, here and below, go to `hidden_states` (pictures)."""
+        return self.head(self.hidden_states(tokens, bounds, positions, **inputs))
 
     def loss(
         self,
@@ -258,13 +267,14 @@ class Transformer(nn.Module):
         bounds: Any = None,
         positions: Tensor | None = None,
         z_loss: float = 0.0,
+        **inputs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy in nats, summed over the targets that are not -100, and their number.
 
         tokens, targets [B, T] int64. Logits are made a few rows at a time, never as [B, T, V]. `z_loss` adds
         z_loss x (log of the softmax's normaliser)^2 to each counted token (PaLM, section 5).
         """
-        hidden = self.hidden_states(tokens, bounds, positions).flatten(0, 1)
+        hidden = self.hidden_states(tokens, bounds, positions, **inputs).flatten(0, 1)
         return linear_cross_entropy(hidden, self.head.weight, targets.flatten(), self.head.bias, z_loss)
 
     def logprobs(
@@ -274,12 +284,13 @@ class Transformer(nn.Module):
         bounds: Any = None,
         positions: Tensor | None = None,
         temperature: float = 1.0,
+        **inputs: Any,
     ) -> tuple[Tensor, Tensor]:
         """log p(target) under softmax(logits / temperature), and that distribution's entropy: 2 x [B, T] float32.
 
         Ignored targets (-100) give 0 in both. Same memory promise as `loss`.
         """
-        hidden = self.hidden_states(tokens, bounds, positions).flatten(0, 1)
+        hidden = self.hidden_states(tokens, bounds, positions, **inputs).flatten(0, 1)
         out = linear_logprobs(hidden, self.head.weight, targets.flatten(), self.head.bias, temperature)
         return out[0].view_as(targets), out[1].view_as(targets)
 
@@ -299,3 +310,282 @@ def flops_per_token(config: Config, seq_len: int) -> int:
     matrices = num_parameters(replace(config, tied=False)) - embedding
     visible = min(seq_len, config.sliding_window or seq_len)
     return 6 * matrices + 12 * config.layers * config.heads * config.head_dim * visible
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Vision: one ViT class for DINOv2 and SigLIP, the projector, and the language model that sees.
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Shape of a vision transformer; the defaults are DINOv2 ViT-L/14 with four registers at 224 pixels."""
+
+    image_size: int = 224  # side of the square picture, pixels
+    patch_size: int = 14  # side of a patch; what does not fill a patch (384 = 27 x 14 + 6) is not seen
+    dim: int = 1024
+    depth: int = 24  # blocks of the published encoder; those behind the features in use are not built
+    heads: int = 16
+    mlp: int = 4096  # hidden width of the feed-forward part
+    class_token: bool = True
+    registers: int = 4  # learned tokens without a position (arXiv 2309.16588)
+    layer_scale: bool = True
+    tanh_gelu: bool = False  # SigLIP's own code: True; timm, through which Prismatic and Moxin trained: False
+    norm_eps: float = 1e-6
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the pixels in [0, 1], subtracted
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # ... and divided by
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches."""
+        return self.class_token + self.registers
+
+
+SIGLIP_PIXELS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+NO_PREFIX = {"class_token": False, "registers": 0, "layer_scale": False}  # SigLIP has patches only
+SO400M = VisionConfig(dim=1152, depth=27, mlp=4304, **NO_PREFIX, **SIGLIP_PIXELS)
+TOY = VisionConfig(image_size=48, patch_size=8, dim=64, depth=4, heads=4, mlp=256)
+VISION_PRESETS: dict[str, VisionConfig] = {
+    "dinov2-large": VisionConfig(),  # timm's vit_large_patch14_reg4_dinov2.lvd142m: 304.4 M parameters
+    "siglip-so400m-224": SO400M,  # timm's vit_so400m_patch14_siglip_224.webli: 427.7 M with its pooling head
+    "siglip-so400m-384": replace(SO400M, image_size=384),
+    "dino-tiny": TOY,
+    "siglip-tiny": replace(TOY, **NO_PREFIX, **SIGLIP_PIXELS),
+}
+
+
+class VisionAttention(nn.Module):
+    """Self-attention in which every token sees every token. Parameter names are timm's, here and below."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.proj = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).unbind(2)  # each [B, T, H, D]
+        return self.proj(attention(q, k, v, causal=False).reshape(B, T, C))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.dim, config.mlp)
+        self.fc2 = nn.Linear(config.mlp, config.dim)
+        self.approximate = "tanh" if config.tanh_gelu else "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a branch (Touvron et al. 2021); DINOv2 has it, SigLIP does not."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, config.norm_eps)
+        self.attn = VisionAttention(config)
+        self.ls1 = LayerScale(config.dim) if config.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(config.dim, config.norm_eps)
+        self.mlp = VisionMLP(config)
+        self.ls2 = LayerScale(config.dim) if config.layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Cuts the picture into patches and projects each: a convolution whose stride is its width."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.proj(pixels).flatten(2).transpose(1, 2)  # [B, 3, H, W] -> [B, grid * grid, dim]
+
+
+class VisionEncoder(nn.Module):
+    """DINOv2 or SigLIP, by configuration.
+
+    Prismatic (arXiv 2402.07865) reads the output of the second-to-last block without the final norm, so by
+    default the last block and the norm are not built (12.6 M and 15.2 M parameters saved). SigLIP's pooling
+    head never is.
+
+    Args:
+        upto: -2 builds the blocks up to the second-to-last; -1 builds all of them and the final norm.
+    """
+
+    def __init__(self, config: VisionConfig, upto: int = -2, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        if config.class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        if config.registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, config.registers, config.dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2, config.dim))  # patches only
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth + 1 + upto))
+        if upto == -1:
+            self.norm = nn.LayerNorm(config.dim, config.norm_eps)
+        if not self.pos_embed.is_meta:
+            self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Matrices and tokens N(0, 0.02), biases 0, norms and scales 1."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                assign(parameter, torch.empty(parameter.shape).normal_(0, 0.02, generator=seeded(seed, name)))
+            else:
+                assign(parameter, torch.full(parameter.shape, float(not name.endswith("bias"))))
+
+    def forward(self, pixels: Tensor, layer: int = -2) -> Tensor:
+        """Patch features of a block.
+
+        Args:
+            pixels: [B, 3, image_size, image_size], normalised with the encoder's own mean and std.
+            layer: which block's output, counted from the published encoder's last; -1 adds the final norm.
+
+        Returns:
+            [B, grid * grid, dim], class and register tokens dropped.
+
+        Raises:
+            ValueError: if the block was not built.
+        """
+        config = self.config
+        wanted = config.depth + 1 + layer
+        if not 0 < wanted <= len(self.blocks):
+            raise ValueError(f"layer {layer} of {config.depth} is not built: VisionEncoder(..., upto={layer})")
+        x = self.patch_embed(pixels) + self.pos_embed
+        prefix = [self.cls_token] if config.class_token else []
+        prefix += [self.reg_token] if config.registers else []
+        x = torch.cat([token.expand(len(x), -1, -1) for token in prefix] + [x], dim=1)  # [B, prefix + patches, dim]
+        for block in self.blocks[:wanted]:
+            x = block(x)
+        return (self.norm(x) if layer == -1 else x)[:, config.prefix :]
+
+
+def normalise(pictures: Tensor, config: VisionConfig) -> Tensor:
+    """Bytes -> what the encoder was trained on: uint8 [B, 3, H, W] -> float32 (x / 255 - mean) / std."""
+    mean = torch.tensor(config.mean, device=pictures.device).view(3, 1, 1)
+    std = torch.tensor(config.std, device=pictures.device).view(3, 1, 1)
+    return (pictures.float() / 255 - mean) / std
+
+
+class VisionTower(nn.Module):
+    """Frozen encoders side by side: their features of a patch are joined, DINOv2's before SigLIP's.
+
+    Kept apart from the language model: it is not trained, not sharded, not in checkpoints, and what it says
+    of a picture can be kept on disk.
+    """
+
+    def __init__(self, encoders: list[VisionEncoder]) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self.configs = tuple(encoder.config for encoder in encoders)
+        shapes = {(config.image_size, config.grid) for config in self.configs}
+        if len(shapes) != 1:
+            raise ValueError(f"encoders that see a picture together need one size and one grid, got {shapes}")
+        (self.image_size, grid) = shapes.pop()
+        self.tokens, self.dim = grid**2, sum(config.dim for config in self.configs)
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, pictures: Tensor) -> Tensor:
+        """uint8 [B, encoders, 3, S, S], one picture as each encoder wants it -> [B, tokens, dim]."""
+        features = []
+        for encoder, view in zip(self.encoders, pictures.unbind(1), strict=True):
+            features.append(encoder(normalise(view, encoder.config).to(encoder.pos_embed.dtype)))
+        return torch.cat(features, dim=-1)
+
+
+class Projector(nn.Module):
+    """Visual features -> embeddings of the language model: Prismatic's `fused-gelu-mlp`, three linear layers.
+
+    For Moxin 2176 -> 8704 -> 4096 -> 4096: 71,385,600 parameters. (Prismatic's paper says two, its code three.)
+    """
+
+    def __init__(self, vision_dim: int, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(vision_dim, 4 * vision_dim)
+        self.fc2 = nn.Linear(4 * vision_dim, dim)
+        self.fc3 = nn.Linear(dim, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(features)))))
+
+
+class VLM(Transformer):
+    """A language model some of whose tokens are patches of a picture.
+
+    `image_token` marks the places: a picture of N patches takes N of them, and the n-th marked place gets the
+    n-th patch. Everything else, causal attention and positions included, is as for text.
+    """
+
+    def __init__(self, config: Config, vision_dim: int, image_token: int, seed: int = 0) -> None:
+        super().__init__(config, seed)
+        self.vision_dim, self.image_token = vision_dim, image_token
+        self.projector = Projector(vision_dim, config.dim)
+        if not self.embed.weight.is_meta:
+            self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """The decoder's as ever; the projector's uniform within 1 / sqrt(inputs), as PyTorch's Linear."""
+        super().init_weights(seed)
+        for name, parameter in self.named_parameters():
+            if name.startswith("projector."):
+                inputs = self.get_submodule(name.rpartition(".")[0]).in_features
+                value = torch.empty(parameter.shape)
+                assign(parameter, value.uniform_(-(inputs**-0.5), inputs**-0.5, generator=seeded(seed, name)))
+
+    def splice(self, tokens: Tensor, features: Tensor | None) -> Tensor:
+        """tokens [B, T] and features [pictures, patches, vision_dim] -> embeddings [B, T, dim].
+
+        Raises:
+            ValueError: if the marked places are not as many as the patches.
+        """
+        embeddings = self.embed(tokens)
+        places = tokens == self.image_token
+        marked, patches = int(places.sum()), 0 if features is None else features.shape[:2].numel()
+        if marked != patches:
+            raise ValueError(f"{marked} image tokens for {patches} patches")
+        if features is None or not patches:
+            # Another process may have a picture: without a gradient here, their collectives would not match.
+            return embeddings + 0 * self.projector(embeddings.new_zeros(1, self.vision_dim)).sum()
+        projected = self.projector(features.to(embeddings.dtype)).flatten(0, 1)
+        return embeddings.masked_scatter(places[..., None], projected.to(embeddings.dtype))
+
+    def hidden_states(
+        self,
+        tokens: Tensor | None,
+        bounds: Any = None,
+        positions: Tensor | None = None,
+        cache: Any = None,
+        embeddings: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """As Transformer's; `features` [pictures, patches, vision_dim] of the VisionTower go where tokens say.
+
+        With a cache and no features the tokens continue a sequence, and all of them are text.
+        """
+        if embeddings is None and (cache is None or features is not None):
+            embeddings = self.splice(tokens, features)
+        return super().hidden_states(tokens, bounds, positions, cache, embeddings)
