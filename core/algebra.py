@@ -88,7 +88,7 @@ def show(value: Any, as_decimal: bool) -> str:
 
 
 def divisors(tree: Tree) -> Iterator[Tree]:
-    """What a tree divides by: a solution that makes one of these zero is none, even where sympy cancels it."""
+    """What a tree divides by: a solution that makes one of these zero is none, even if sympy cancels it."""
     if isinstance(tree, tuple):
         for part in tree[1:]:
             yield from divisors(part)
