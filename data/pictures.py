@@ -3,10 +3,12 @@
 Three layers, each usable alone:
 
 1. `load_picture` opens a file that nobody has checked and gives plain RGB, or raises `BadPicture`.
-2. `prepare` brings it to the encoder's size as bytes. The three ways are those of Prismatic (arXiv 2402.07865,
-   section 4.2), bit for bit what torchvision and timm compute, without either; `model.normalise` does the rest.
-3. `open_rows` reads questions and answers: LLaVA JSON, the same as JSONL, or a tar of pairs (webdataset). Rows
-   are found by their byte offset, so memory does not grow with the file; `Rows.fetch` replaces broken ones.
+2. `prepare` brings it to the encoder's size as bytes. The three ways are those of Prismatic (arXiv
+   2402.07865, section 4.2), bit for bit what torchvision and timm compute, without either.
+   `model.normalise` does the rest.
+3. `open_rows` reads questions and answers: LLaVA JSON, the same as JSONL, or a tar of pairs (webdataset).
+   Rows are found by their byte offset, so memory does not grow with the file; `Rows.fetch` replaces the
+   broken ones.
 """
 
 import hashlib
@@ -92,7 +94,7 @@ def reason(error: Exception) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes -> RGB. `convert` alone clips 16 bits to white and shows what transparency hides."""
+    """Any of Pillow's modes -> RGB. `convert` alone clips 16 bits to white and shows hidden colours."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
