@@ -5,8 +5,10 @@ reduce-scattered to their owners (ZeRO stage 3, Rajbhandari et al. 2020). Embedd
 root unit, because the chunked loss reads the head's weight outside the head's own forward.
 """
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -32,12 +34,13 @@ def parallelize(model: Transformer, run: Run) -> Transformer:
         if config.compile:
             layer.compile()
     if run.world_size > 1 or run.dtype != torch.float32:
-        shard(model, list(model.layers), run, methods=("hidden_states", "loss", "logprobs"))
+        shard(model, list(model.layers), run, methods=("loss", "logprobs"))
     return model
 
 
 def shard(model: nn.Module, units: list[nn.Module], run: Run, methods: tuple[str, ...]) -> None:
-    """fully_shard each unit, then the root. `methods` are entry points besides forward that need the root gathered."""
+    """fully_shard each unit, then the root. `methods` are entry points besides forward that need the root gathered;
+    none may call another of them or forward, since the inner one would free the root's weights under the outer."""
     mesh = device_mesh(run)
     precision = MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32)
     for module in [*units, model]:
@@ -46,6 +49,7 @@ def shard(model: nn.Module, units: list[nn.Module], run: Run, methods: tuple[str
         if isinstance(module, FSDPModule):
             # Losses are divided by the global token count already, so gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     for method in methods:
         register_fsdp_forward_method(model, method)
 
@@ -66,6 +70,22 @@ def materialize(model: Transformer, run: Run) -> Transformer:
     if model.config.tied:
         model.head.weight = model.embed.weight
     return model
+
+
+@contextlib.contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Inside, every process holds the whole weights, so that generating needs no communication and processes may do
+    unequal work. Costs one full copy of the weights in the compute type."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
 
 
 def clip_grad_norm(model: nn.Module, largest: float) -> float:
