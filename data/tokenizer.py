@@ -21,6 +21,7 @@ characters, so nobody can end a turn or forge a role by writing the marker.
 """
 
 import base64
+import hashlib
 import heapq
 import json
 import os
@@ -116,6 +117,19 @@ class Tokenizer:
         """Text of the ids; bytes that are not whole UTF-8 characters become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one ordinary token; empty for special and unused ids."""
+        raise NotImplementedError
+
+    def byte_lengths(self) -> list[int]:
+        """[vocab_size] how many bytes of text each id stands for, for losses in bits per byte."""
+        return [len(self.token_bytes(token_id)) for token_id in range(self.vocab_size)]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two tokenizers exactly if they give the same ids."""
+        raise NotImplementedError
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers.AutoTokenizer reads."""
         raise NotImplementedError
@@ -153,6 +167,9 @@ class BytePairTokenizer(Tokenizer):
         mode: Literal["lossless", "compat"] = "lossless",
     ) -> None:
         self.ranks, self.pattern, self.whitespace, self.mode = ranks, pattern, whitespace or {}, mode
+        self.names = {token_id: token for token, token_id in ranks.items()} | {
+            token_id: run.encode() for run, token_id in self.whitespace.items()
+        }
         vocab_size = 1 + max(*ranks.values(), *special_tokens.values(), *self.whitespace.values(), -1)
         super().__init__(special_tokens, vocab_size, settings or {})
         # The runs are special tokens to tiktoken only for decoding: in encoding it would not take the longest.
@@ -178,8 +195,20 @@ class BytePairTokenizer(Tokenizer):
             return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
         return [self.encode(text) for text in texts]
 
+    def encode_bytes(self, content: bytes) -> list[int]:
+        """Ids of a byte string that may be part of a character, taken as one word."""
+        return [self.ranks[part] for part in apply_merges(content, self.ranks)]
+
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return self.encoding.decode_bytes(ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.names.get(token_id, b"")
+
+    @property
+    def fingerprint(self) -> str:
+        ranks = [(token.hex(), token_id) for token, token_id in self.ranks.items()]
+        return fingerprint_of(ranks, self.special_tokens, self.whitespace, self.pattern, self.mode, self.bos_id, self.eos_id)
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -232,6 +261,7 @@ class LibraryTokenizer(Tokenizer):
         ids = self.library.get_vocab(with_added_tokens=True).values()
         super().__init__(special_tokens, 1 + max(ids), settings)
         self.names = {token_id: name for name, token_id in special_tokens.items()}
+        self.byte_level = '"ByteLevel"' in content
 
     def encode(self, text: str) -> list[int]:
         return self.library.encode(text, add_special_tokens=False).ids
@@ -243,17 +273,18 @@ class LibraryTokenizer(Tokenizer):
         return self.library.decode(list(ids), skip_special_tokens=False)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Token by token: the library joins bytes into characters only in its own decoder, so undo its alphabets."""
-        pieces = []
-        for token_id in ids:
-            piece = self.library.id_to_token(token_id)
-            if token_id in self.names:
-                pieces.append(piece.encode())
-            elif '"ByteLevel"' in self.content:
-                pieces.append(to_bytes(piece))
-            else:
-                pieces.append(piece_bytes(piece))
-        return b"".join(pieces)
+        return b"".join(self.names[i].encode() if i in self.names else self.token_bytes(i) for i in map(int, ids))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The library joins bytes into characters only in its own decoder, so its alphabets are undone here."""
+        piece = self.library.id_to_token(token_id)
+        if piece is None or token_id in self.names:
+            return b""
+        return to_bytes(piece) if self.byte_level else piece_bytes(piece)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.content, self.special_tokens, self.bos_id, self.eos_id)
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -289,9 +320,16 @@ class SentencePieceTokenizer(Tokenizer):
         return self.library.encode(text)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return b"".join(
-            self.names[i].encode() if i in self.names else piece_bytes(self.pieces[i]) for i in map(int, ids)
-        )
+        return b"".join(self.names[i].encode() if i in self.names else self.token_bytes(i) for i in map(int, ids))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        ordinary = token_id < len(self.pieces) and token_id not in self.names
+        return piece_bytes(self.pieces[token_id]) if ordinary else b""
+
+    @property
+    def fingerprint(self) -> str:
+        model = hashlib.sha256(self.library.serialized_model_proto()).hexdigest()
+        return fingerprint_of(model, self.special_tokens, self.bos_id, self.eos_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         text = super().decode(ids)
@@ -349,6 +387,10 @@ class SentencePieceTokenizer(Tokenizer):
         }
         write_json(folder / "tokenizer.json", content)
         self.save_settings(folder)
+
+
+def fingerprint_of(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def piece_bytes(piece: str) -> bytes:
@@ -493,19 +535,25 @@ def extend_tokenizer(
     )  # fmt: skip
 
 
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merge behind each token of more than one byte: what the earlier merges leave of its bytes is two parts."""
-    merges = []
-    for token, token_id in ranks.items():
-        if len(token) > 1:
-            parts = [token[i : i + 1] for i in range(len(token))]
-            while len(parts) > 2:
-                pairs = [ranks.get(a + b, token_id) for a, b in zip(parts, parts[1:], strict=False)]
-                first = pairs.index(min(pairs))
-                if pairs[first] >= token_id:
-                    raise UserError(f"token {token!r} cannot be built by two earlier tokens; the vocabulary is damaged")
-                parts[first : first + 2] = [parts[first] + parts[first + 1]]
-            merges.append((parts[0], parts[1]))
+def apply_merges(content: bytes, ranks: dict[bytes, int], before: float = float("inf")) -> list[bytes]:
+    """Byte-pair encoding of one word as plain Python: join the neighbours with the lowest id, leftmost first, until
+    none is left. With `before`, only tokens of a lower id are made."""
+    parts = [content[i : i + 1] for i in range(len(content))]
+    while len(parts) > 1:
+        ids = [ranks.get(left + right, before) for left, right in zip(parts, parts[1:], strict=False)]
+        first = ids.index(min(ids))
+        if ids[first] >= before:
+            break
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return parts
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[list[bytes]]:
+    """The merge behind each token of more than one byte: the two parts that the earlier merges leave of it."""
+    merges = [apply_merges(token, ranks, before=token_id) for token, token_id in ranks.items() if len(token) > 1]
+    broken = next((parts for parts in merges if len(parts) != 2), None)
+    if broken:
+        raise UserError(f"token {b''.join(broken)!r} is not made of two earlier tokens; the vocabulary is damaged")
     return merges
 
 

@@ -1,0 +1,256 @@
+"""Small bilingual texts made by rule: arithmetic, dates, units, everyday dialogues, in English and in Chinese.
+
+They stand in for a Chinese corpus where none is installed and give a tiny model something it can master: later
+stages ask it for exactly such answers. Every text is about one subject (a number, a day, a length, a person's
+errand), and subjects, not lines, are held out for validation, so what is validated was never said in training.
+Installed Chinese message catalogues (gettext), where the system has some, are added as bilingual word lists.
+"""
+
+import random
+import struct
+import sys
+from collections.abc import Iterator
+from datetime import date, timedelta
+from pathlib import Path
+
+SUBJECTS = 40_000  # of each kind; about 30 MB in all
+
+DIGITS = "零一二三四五六七八九"
+EN_UNDER_20 = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+).split()
+EN_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+EN_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+EN_MONTHS = "January February March April May June July August September October November December".split()
+PEOPLE = (
+    ("Anna", "小安"), ("Ben", "小本"), ("Lily", "莉莉"), ("Tom", "汤姆"), ("Mei", "小梅"), ("Wang Wei", "王伟"),
+    ("Li Na", "李娜"), ("Sara", "莎拉"), ("Max", "马克"), ("Nora", "诺拉"),
+)  # fmt: skip
+# English singular and plural, Chinese with its measure word, price range in yuan
+GOODS = (
+    ("apple", "apples", "个苹果"), ("pen", "pens", "支笔"), ("book", "books", "本书"), ("cup", "cups", "个杯子"),
+    ("egg", "eggs", "个鸡蛋"), ("ticket", "tickets", "张票"), ("chair", "chairs", "把椅子"), ("fish", "fish", "条鱼"),
+    ("box", "boxes", "个盒子"), ("flower", "flowers", "朵花"), ("bottle", "bottles", "个瓶子"), ("shirt", "shirts", "件衬衫"),
+)  # fmt: skip
+# (English plural, Chinese), (the smaller unit), how many of the smaller in one
+UNITS = (
+    (("metres", "米"), ("centimetres", "厘米"), 100), (("kilometres", "公里"), ("metres", "米"), 1000),
+    (("kilograms", "千克"), ("grams", "克"), 1000), (("hours", "小时"), ("minutes", "分钟"), 60),
+    (("minutes", "分钟"), ("seconds", "秒"), 60), (("days", "天"), ("hours", "小时"), 24),
+    (("weeks", "周"), ("days", "天"), 7), (("litres", "升"), ("millilitres", "毫升"), 1000),
+    (("yuan", "元"), ("jiao", "角"), 10), (("years", "年"), ("months", "个月"), 12),
+)  # fmt: skip
+
+
+def english_number(n: int) -> str:
+    """0 to 999,999 in words."""
+    if n < 20:
+        return EN_UNDER_20[n]
+    if n < 100:
+        return EN_TENS[n // 10 - 2] + (f"-{EN_UNDER_20[n % 10]}" if n % 10 else "")
+    if n < 1000:
+        return f"{EN_UNDER_20[n // 100]} hundred" + (f" and {english_number(n % 100)}" if n % 100 else "")
+    return f"{english_number(n // 1000)} thousand" + (f" {english_number(n % 1000)}" if n % 1000 else "")
+
+
+def chinese_number(n: int) -> str:
+    """0 to 99,999 in characters: 10 is 十, 205 is 二百零五."""
+    if n < 10:
+        return DIGITS[n]
+    if n < 20:
+        return "十" + (DIGITS[n % 10] if n % 10 else "")
+    for size, name in ((10_000, "万"), (1000, "千"), (100, "百"), (10, "十")):
+        if n >= size:
+            head, rest = divmod(n, size)
+            zero = "零" if rest and rest < size // 10 else ""
+            tail = f"一{chinese_number(rest)}" if 10 <= rest < 20 else chinese_number(rest) if rest else ""
+            return chinese_number(head) + name + zero + tail
+    raise AssertionError(n)
+
+
+def arithmetic(a: int, chinese: bool, rng: random.Random) -> str:
+    """Facts about one number: its name, sums, differences, products, quotients, comparisons."""
+    lines = [f"{a}写作{chinese_number(a)}。" if chinese else f"{a} is written {english_number(a)}."]
+    for _ in range(rng.randint(6, 14)):
+        b = rng.randint(0, 20) if rng.random() < 0.5 else rng.randint(0, 10 ** rng.randint(1, 4))
+        divisor = rng.randint(2, 12)
+        equation, words = rng.choice(
+            (
+                (f"{a} + {b} = {a + b}", (f"What is {a} plus {b}? {a + b}.", f"{a}加{b}等于多少？{a + b}。")),
+                (
+                    f"{max(a, b)} - {min(a, b)} = {abs(a - b)}",
+                    (
+                        f"What is {max(a, b)} minus {min(a, b)}? {abs(a - b)}.",
+                        f"{max(a, b)}减{min(a, b)}等于多少？{abs(a - b)}。",
+                    ),
+                ),
+                (
+                    f"{a} * {divisor} = {a * divisor}",
+                    (
+                        f"What is {a} times {divisor}? {a * divisor}.",
+                        f"{a}乘以{divisor}等于多少？{a * divisor}。",
+                    ),
+                ),
+                (
+                    f"{a * divisor} / {divisor} = {a}",
+                    (
+                        f"What is {a * divisor} divided by {divisor}? {a}.",
+                        f"{a * divisor}除以{divisor}等于多少？{a}。",
+                    ),
+                ),
+                (
+                    f"{a} % {divisor} = {a % divisor}",
+                    (
+                        f"{a} divided by {divisor} is {a // divisor} with remainder {a % divisor}.",
+                        f"{a}除以{divisor}商{a // divisor}余{a % divisor}。",
+                    ),
+                ),
+                (
+                    f"{a} {'>' if a > b else '<' if a < b else '='} {b}",
+                    (
+                        f"The larger of {a} and {b} is {max(a, b)}.",
+                        f"{a}和{b}中较大的数是{max(a, b)}。",
+                    ),
+                ),
+            )
+        )
+        lines.append(equation if rng.random() < 0.4 else words[chinese])
+    return "\n".join(lines)
+
+
+def calendar(number: int, chinese: bool, rng: random.Random) -> str:
+    """One day, the number-th since 1970: its weekday, and days before and after it."""
+    day = date(1970, 1, 1) + timedelta(days=number)
+    lines = []
+    for _ in range(rng.randint(3, 6)):
+        distance = rng.randint(1, 40) * rng.choice((1, -1))
+        other = day + timedelta(days=distance)
+        if chinese:
+            way = "之后" if distance > 0 else "之前"
+            lines.append(
+                f"{chinese_date(day)}是星期{chinese_weekday(day)}。{abs(distance)}天{way}是{chinese_date(other)}，星期{chinese_weekday(other)}。"
+            )
+        else:
+            way = "after" if distance > 0 else "before"
+            days = "day" if abs(distance) == 1 else "days"
+            lines.append(
+                f"{english_date(day)} is a {EN_DAYS[day.weekday()]}. {abs(distance)} {days} {way} it is "
+                f"{english_date(other)}, a {EN_DAYS[other.weekday()]}."
+            )
+    lines.append(f"{day.isoformat()} = {english_date(day)} = {chinese_date(day)}")
+    return "\n".join(lines)
+
+
+def english_date(day: date) -> str:
+    return f"{day.day} {EN_MONTHS[day.month - 1]} {day.year}"
+
+
+def chinese_date(day: date) -> str:
+    return f"{day.year}年{day.month}月{day.day}日"
+
+
+def chinese_weekday(day: date) -> str:
+    return "一二三四五六日"[day.weekday()]
+
+
+def conversion(amount: int, chinese: bool, rng: random.Random) -> str:
+    """One amount in several units, asked and answered."""
+    lines = []
+    for (en_large, zh_large), (en_small, zh_small), factor in rng.sample(UNITS, 5):
+        lines.append(
+            rng.choice(
+                (
+                    f"{amount}{zh_large}等于{amount * factor}{zh_small}。",
+                    f"{amount * factor}{zh_small}是多少{zh_large}？{amount}{zh_large}。",
+                )
+                if chinese
+                else (
+                    f"{amount} {en_large} are {amount * factor} {en_small}.",
+                    f"How many {en_large} are {amount * factor} {en_small}? {amount} {en_large}.",
+                )
+            )
+        )
+    return "\n".join(lines)
+
+
+def dialogue(number: int, chinese: bool, rng: random.Random) -> str:
+    """The number-th talk of two people: shopping, sharing, meeting, ages. Reasons are given before results."""
+    (en_one, zh_one), (en_two, zh_two) = rng.sample(PEOPLE, 2)
+    one, two = (zh_one, zh_two) if chinese else (en_one, en_two)
+    singular, plural, zh_goods = rng.choice(GOODS)
+    count, price, given = rng.randint(2, 30), rng.randint(2, 50), rng.randint(1, 20)
+    hour, wait = rng.randint(7, 18), rng.randint(1, 4)
+    age, gap = rng.randint(6, 40), rng.randint(1, 30)
+    cost, note = count * price, 50 * (count * price // 50 + 1)
+    if chinese:
+        scenes = (
+            (f"你好，我想买{count}{zh_goods}。", f"好的，每{zh_goods[0]}{price}元，{count}乘以{price}，一共{cost}元。",
+             f"给你{note}元。", f"找你{note}减{cost}，也就是{note - cost}元。谢谢！"),
+            (f"我有{count}{zh_goods}，再给我{given}{zh_goods[0]}，我一共有多少？",
+             f"{count}加{given}等于{count + given}，所以你有{count + given}{zh_goods}。", "对，谢谢你。"),
+            (f"我们{hour}点见面好吗？", f"我要晚{wait}个小时，{hour}加{wait}是{hour + wait}，{hour + wait}点可以吗？",
+             f"可以，{hour + wait}点见。"),
+            (f"你今年多大？", f"我{age}岁。你呢？", f"我比你大{gap}岁，{age}加{gap}，我{age + gap}岁。"),
+        )  # fmt: skip
+    else:
+        scenes = (
+            (f"Hello, I would like to buy {count} {plural}.",
+             f"Sure. One {singular} is {price} yuan, and {count} times {price} is {cost}, so that is {cost} yuan.",
+             f"Here are {note} yuan.", f"Your change is {note} minus {cost}, which is {note - cost} yuan. Thank you!"),
+            (f"I have {count} {plural} and you give me {given} more. How many do I have?",
+             f"{count} plus {given} is {count + given}, so you have {count + given} {plural}.", "Right, thank you."),
+            (f"Shall we meet at {hour}:00?",
+             f"I will be {wait} hours later. {hour} plus {wait} is {hour + wait}. Is {hour + wait}:00 fine?",
+             f"Fine, see you at {hour + wait}:00."),
+            ("How old are you?", f"I am {age}. And you?",
+             f"I am {gap} years older than you. {age} plus {gap} is {age + gap}, so I am {age + gap}."),
+        )  # fmt: skip
+    colon = "：" if chinese else ": "
+    return "\n".join(f"{(one, two)[i % 2]}{colon}{said}" for i, said in enumerate(rng.choice(scenes)))
+
+
+def drills() -> Iterator[tuple[str, str]]:
+    """(subject, text) pairs in a fixed shuffled order, the same on every machine.
+
+    Arithmetic comes twice, about a large and about a small number, since small ones are what is met most.
+    """
+    order = list(range(SUBJECTS))
+    random.Random(0).shuffle(order)
+    for subject in order:
+        number, chinese = subject // 2, subject % 2 == 1
+        small = number % 100
+        for make, about in ((arithmetic, number), (arithmetic, small), (calendar, number), (conversion, 1 + number), (dialogue, number)):
+            seed = f"{make.__name__} {about} {subject}"
+            yield f"{make.__name__} {about}", make(about, chinese, random.Random(seed))
+
+
+def catalogues(roots: tuple[Path, ...] = (Path(sys.prefix), Path("/usr/share/locale"))) -> Iterator[tuple[str, str]]:
+    """(file name, text) of the installed Chinese message catalogues: English message, then its translation."""
+    for root in roots:
+        for path in sorted(root.rglob("zh_CN/LC_MESSAGES/*.mo")):
+            pairs = [(en, zh) for en, zh in read_catalogue(path.read_bytes()) if en and zh and en != zh]
+            for start in range(0, len(pairs), 40):
+                yield path.stem, "\n\n".join(f"{en}\n{zh}" for en, zh in pairs[start : start + 40])
+
+
+def read_catalogue(content: bytes) -> list[tuple[str, str]]:
+    """Messages and translations of a gettext .mo file (GNU gettext manual, "The Format of GNU MO Files").
+
+    Only UTF-8 catalogues; of messages with plural forms the first. A file of another format gives nothing.
+    """
+    order = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}.get(content[:4])
+    if order is None:
+        return []
+    count, originals, translations = struct.unpack_from(order + "3I", content, 8)
+    pairs = []
+    for i in range(count):
+        texts = []
+        for table in (originals, translations):
+            length, offset = struct.unpack_from(order + "2I", content, table + 8 * i)
+            texts.append(content[offset : offset + length].split(b"\0")[0])
+        try:
+            pairs.append((texts[0].decode(), texts[1].decode()))
+        except UnicodeDecodeError:
+            continue
+    return pairs
