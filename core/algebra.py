@@ -43,17 +43,17 @@ def to_sympy(tree: Tree, constants: dict[str, Any]) -> Any:
             return left * right
         case "/", [left, right]:
             return left / right
-        case ("^" | "pow"), [left, right]:
+        case (("^" | "pow"), [left, right]):
             return left**right
         case "negative", [value]:
             return -value
         case "percent", [value]:
             return value / 100
-        case ("log" | "ln"), [value]:
+        case (("log" | "ln"), [value]):
             return sympy.log(value)
         case "log", [value, base]:
             return sympy.log(value, base)
-        case ("lg" | "log10"), [value]:
+        case (("lg" | "log10"), [value]):
             return sympy.log(value, 10)
         case "abs", [value]:
             return sympy.Abs(value)

@@ -17,7 +17,7 @@ A tree is a Fraction, a name (str), or a tuple (operator or function name, opera
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 MAX_LENGTH = 500  # characters of an expression
@@ -278,21 +278,21 @@ def operators(tree: Tree) -> set[str]:
     return {tree[0]}.union(*map(operators, tree[1:])) if isinstance(tree, tuple) else set()
 
 
-def evaluate(tree: Tree) -> Number:
-    """The value of a tree without free names: a Fraction where it is exact, else a float.
+def evaluate(tree: Tree, values: Mapping[str, Number] = CONSTANTS) -> Number:
+    """The value of a tree: a Fraction where it is exact, else a float. `values` gives its names.
 
     Raises ExpressionError where the value is undefined, complex, unknown or too large.
     """
     if isinstance(tree, Fraction):
         value: Number = tree
     elif isinstance(tree, str):
-        if tree not in CONSTANTS:
+        if tree not in values:
             raise ExpressionError(f"unknown name {tree!r}")
-        value = CONSTANTS[tree]
+        value = values[tree]
     else:
         function = OPERATORS.get(tree[0]) or FUNCTIONS[tree[0]]
         try:
-            value = function(*(evaluate(part) for part in tree[1:]))
+            value = function(*(evaluate(part, values) for part in tree[1:]))
         except ExpressionError:
             raise
         except (TypeError, ArithmeticError, ValueError) as error:  # argument count; overflow; domain
