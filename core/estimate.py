@@ -45,7 +45,9 @@ def print_estimate(config: RunConfig, shape: Config) -> None:
     for name, value in dataclasses.asdict(config).items():
         print(f"  {name} = {value}")
     print(f"parameters      {num_parameters(shape):,}")
-    print(f"tokens          {tokens:,} ({config.batch_size * config.seq_len:,} a step, {config.steps:,} steps)")
+    print(
+        f"tokens          {tokens:,} ({config.batch_size * config.seq_len:,} a step, {config.steps:,} steps)"
+    )
     print(f"training FLOPs  {tokens * per_token:.3g} ({per_token:,} a token)")
     memory = memory_per_device(config, shape, processes)
     parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in memory.items())

@@ -18,18 +18,30 @@ def decay_groups(parameters: list[Tensor], weight_decay: float) -> list[dict]:
 
 
 def make_adamw(
-    model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
 ) -> torch.optim.AdamW:
     """Decoupled weight decay (Loshchilov & Hutter 2019) over the parameters that require gradients."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(decay_groups(parameters, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
 
 
-def make_muon(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)) -> "Muon":
+def make_muon(
+    model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
+) -> "Muon":
     """Muon for the matrices inside the layers, AdamW for embeddings, head, norms and biases."""
     hidden = {id(p) for p in model.layers.parameters() if p.ndim == 2}
     rest = [p for p in model.parameters() if id(p) not in hidden]
-    groups = [{"params": [p for p in model.parameters() if id(p) in hidden], "weight_decay": weight_decay, "muon": True}]
+    groups = [
+        {
+            "params": [p for p in model.parameters() if id(p) in hidden],
+            "weight_decay": weight_decay,
+            "muon": True,
+        }
+    ]
     groups += [{**group, "muon": False} for group in decay_groups(rest, weight_decay)]
     return Muon(groups, lr, betas)
 
@@ -41,7 +53,9 @@ class Muon(torch.optim.Optimizer):
     Groups with muon=False get AdamW. Sharded matrices are gathered, since orthogonality needs the whole matrix.
     """
 
-    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], momentum: float = 0.95) -> None:
+    def __init__(
+        self, groups: list[dict], lr: float, betas: tuple[float, float], momentum: float = 0.95
+    ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": 1e-8, "momentum": momentum})
 
     @torch.no_grad()
@@ -67,7 +81,9 @@ class Muon(torch.optim.Optimizer):
     @staticmethod
     def adamw_update(grad: Tensor, state: dict, group: dict) -> Tensor:
         if not state:
-            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(grad), exp_avg_sq=torch.zeros_like(grad))
+            state.update(
+                step=torch.zeros(()), exp_avg=torch.zeros_like(grad), exp_avg_sq=torch.zeros_like(grad)
+            )
         first, second = group["betas"]
         state["step"] += 1
         state["exp_avg"].lerp_(grad, 1 - first)

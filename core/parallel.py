@@ -95,7 +95,9 @@ def clip_grad_norm(model: nn.Module, largest: float) -> float:
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-def _save_policy(context: object, operation: object, *arguments: object, **keywords: object) -> CheckpointPolicy:
+def _save_policy(
+    context: object, operation: object, *arguments: object, **keywords: object
+) -> CheckpointPolicy:
     """Selective checkpointing keeps what is dear to compute: matrix products and attention."""
     dear = str(operation).split(".")[:2] in DEAR
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE

@@ -32,11 +32,15 @@ class Checkpointer:
     a checkpoint that differs is refused with the name of the first difference.
     """
 
-    def __init__(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> None:
+    def __init__(
+        self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
+    ) -> None:
         self.run, self.model, self.optimizer = run, model, optimizer
         self.identity = json.loads(json.dumps(identity))  # tuples become lists, as they will when read back
         self.folder = run.folder / "checkpoints"
-        self.group = dist.new_group(backend="gloo")  # its own, so that saving never mixes with training's collectives
+        self.group = dist.new_group(
+            backend="gloo"
+        )  # its own, so that saving never mixes with training's collectives
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
 
@@ -51,7 +55,12 @@ class Checkpointer:
             for left_over in self.folder.glob(".step_*.partial"):
                 shutil.rmtree(left_over)
         self.run.barrier()
-        state = {"step": step, "metrics_bytes": self.run.metrics_bytes(), "identity": self.identity, **counters}
+        state = {
+            "step": step,
+            "metrics_bytes": self.run.metrics_bytes(),
+            "identity": self.identity,
+            **counters,
+        }
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
         try:
             future = dcp.async_save(
@@ -89,7 +98,9 @@ class Checkpointer:
         kept = complete(self.folder)
         remains = f"the newest complete one is {kept[-1]}" if kept else "there is none before it"
         reason = " ".join(str(error).split())[-300:]
-        return UserError(f"cannot save a checkpoint in {self.folder} ({reason}); {remains}; free space, then --resume")
+        return UserError(
+            f"cannot save a checkpoint in {self.folder} ({reason}); {remains}; free space, then --resume"
+        )
 
     def load(self) -> dict[str, Any]:
         """Restore the newest checkpoint that is whole; returns its state.json. Damaged ones are named and skipped."""
@@ -113,7 +124,9 @@ class Checkpointer:
             self.run.start_step = state["step"]
             self.run.say(f"resumed from {folder}")
             return state
-        raise UserError(f"--resume: no usable checkpoint in {self.folder}; start without --resume into another --out")
+        raise UserError(
+            f"--resume: no usable checkpoint in {self.folder}; start without --resume into another --out"
+        )
 
     def _same_identity(self, folder: Path, saved: dict[str, Any]) -> None:
         for name in sorted(saved.keys() | self.identity.keys()):

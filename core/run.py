@@ -56,13 +56,18 @@ class Run:
         self._signal: int | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember)
-        self.say(f"{stage}: {self.world_size} process(es), {self.device.type}, {self.dtype}, into {self.folder}")
+        self.say(
+            f"{stage}: {self.world_size} process(es), {self.device.type}, {self.dtype}, into {self.folder}"
+        )
 
     # Set-up
 
     def _device(self) -> torch.device:
         wanted = self.config.device
-        require(wanted != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device here; use --device cpu")
+        require(
+            wanted != "cuda" or torch.cuda.is_available(),
+            "--device cuda: no CUDA device here; use --device cpu",
+        )
         if wanted == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -101,7 +106,9 @@ class Run:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "config.json", {**dataclasses.asdict(self.config), "environment": environment()})
+            write_json(
+                self.folder / "config.json", {**dataclasses.asdict(self.config), "environment": environment()}
+            )
         except OSError as error:
             raise UserError(f"cannot write the run folder {self.folder}: {error.strerror}") from None
         if not self.config.resume:
@@ -158,7 +165,9 @@ class Run:
         record = {"step": step, **values, "seconds": round(time.monotonic() - self.started, 3)}
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
-        shown = " ".join(f"{name} {number(value)}" for name, value in values.items() if isinstance(value, int | float))
+        shown = " ".join(
+            f"{name} {number(value)}" for name, value in values.items() if isinstance(value, int | float)
+        )
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix_str(shown[:90])
@@ -190,7 +199,9 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
         "revision": git.stdout.strip() or "unknown",
         "command": " ".join(sys.argv),
     }
@@ -287,7 +298,9 @@ def draw_curves(folder: Path, panels: tuple[tuple[str, ...], ...]) -> None:
     figure, axes = pyplot.subplots(1, len(lines), figsize=(4.5 * len(lines), 3.2), squeeze=False)
     for axis, panel in zip(axes[0], lines, strict=True):
         for name, points in panel:
-            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2, marker="." if len(points) < 30 else "")
+            axis.plot(
+                *zip(*points, strict=True), label=name, linewidth=1.2, marker="." if len(points) < 30 else ""
+            )
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)

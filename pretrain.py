@@ -1,0 +1,419 @@
+"""Stage 1: pretraining, from raw text to a base model.
+
+    loss = - sum_t log p(x_t | x_<t) / N,      N = predicted tokens of the whole step, over all processes
+
+Moxin-7B (arXiv 2412.06845, section 3): 2 T tokens of text and code in three phases, context 2k, then 4k, then
+"capability enhancement"; AdamW, cosine to a tenth. MOSS-16B: English, Chinese and code (360 B, 100 B, 220 B tokens)
+on a GPT-2 vocabulary extended by Chinese merges. What each paper leaves open stands beside the preset that fills it.
+
+    python pretrain.py                                  tiny model, embedded corpus, a laptop
+    torchrun --nproc_per_node=8 pretrain.py             small model, one node
+    python pretrain.py --data my_texts/:3 more.jsonl:1  your own text, mixed 3 to 1
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import torch
+
+import core.surgery as surgery
+from core.checkpoint import load_pretrained, load_weights, read_config, save_pretrained
+from core.config import RunConfig, UsageError, UserError, parse, require, run_main
+from core.estimate import print_estimate
+from core.generate import generate
+from core.optimizer import learning_rate, make_adamw, make_muon, set_learning_rate
+from core.parallel import clip_grad_norm, materialize, parallelize, unsharded
+from core.resume import Checkpointer
+from core.run import Run, SpikeGuard, mfu, peak_memory_bytes
+from data.text import Batch, Corpus, HubUnreachable, PackedBatches, parse_source, prepare, val_batches
+from data.tokenizer import Tokenizer, load_tokenizer
+from kernels import Bounds, make_bounds
+from model import PRESETS as SHAPES
+from model import Config as Shape
+from model import Transformer, flops_per_token, num_parameters
+
+EMBEDDED = ("python-code:5", "python-docs:3", "drills:2")
+
+
+@dataclass(kw_only=True)
+class Config(RunConfig):
+    data: tuple[str, ...] = EMBEDDED  # sources as NAME_OR_PATH[:weight] (docs/recipes.md)
+    phases: tuple[
+        str, ...
+    ] = ()  # STEPS@SEQ_LEN[@DATA+DATA...] one after the other; tokens in a step stay equal
+    tokenizer: str = ""  # folder or file; empty = that of --init_from, else one trained on the data
+    model: str = "tiny"  # shape, one of model.PRESETS
+    layers: int = 0  # 0 = the shape's own, here and below
+    dim: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    ffn_dim: int = 0
+    vocab_size: int = 0
+    expand_layers: int = 0  # deepen the --init_from model to this many layers by copying (Moxin: 32 to 36)
+    expand_identity: bool = False  # added layers start as the identity (LLaMA Pro)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    z_loss: float = 0.0  # weight of log^2 Z, keeps logits from drifting (PaLM, section 5); 1e-4 is usual
+    document_mask: bool = True  # no attention between packed documents
+    val_data: tuple[str, ...] = ()  # validate on these sources instead of on a held-out part of --data
+    decontaminate: tuple[
+        str, ...
+    ] = ()  # evaluation files; documents that share 13 words in a row with them are dropped
+    skip_bad: bool = False  # count unreadable lines and files instead of stopping
+    max_tokens: int = (
+        0  # tokens prepared of each source; 0 = all of local ones, what the run reads of hub ones
+    )
+    val_tokens: int = 16_384  # validation tokens of each source
+    prompts: tuple[str, ...] = ("def ", "The ", "今天")  # continued at each validation
+
+
+PRESETS = {
+    "tiny": dict(
+        model="tiny",
+        steps=300,
+        seq_len=256,
+        batch_size=16,
+        micro_batch_size=16,
+        lr=2e-3,
+        min_lr=2e-4,
+        warmup_steps=20,
+        eval_every=100,
+        save_every=100,
+    ),
+    # About 1 B tokens of English, Chinese and code: half a day's work for one GPU, an hour for eight.
+    "small": dict(
+        model="small",
+        data=(
+            "hub/allenai/c4/en/c4-train.*.json.gz:5",
+            "hub/allenai/c4/multilingual/c4-zh.tfrecord-*.json.gz:2",
+            "hub/codeparrot/codeparrot-clean:3",
+        ),
+        steps=2000,
+        seq_len=2048,
+        batch_size=256,
+        micro_batch_size=8,
+        lr=6e-4,
+        min_lr=6e-5,
+        warmup_steps=100,
+        eval_every=250,
+        save_every=250,
+        val_tokens=262_144,
+        compile=True,
+    ),
+    # Published: AdamW 0.9/0.95, weight decay 0.1, cosine to 10 %, context 2k then 4k, SlimPajama + DCLM + the-stack,
+    # peak learning rate 2e-6, which fits a model continued from pretrained weights. Not published: batch, warm-up,
+    # tokens of each phase, mixture weights. Ours: 4 M tokens a step, 2,000 warm-up steps, 4 : 1 : 0.2 of 2 T tokens.
+    "moxin-7b": dict(
+        model="moxin-7b",
+        data=(
+            "hub/cerebras/SlimPajama-627B:5",
+            "hub/mlfoundations/dclm-baseline-1.0:4",
+            "hub/bigcode/the-stack-dedup:1",
+        ),
+        phases=("368000@2048", "92000@4096", "18400@4096"),
+        steps=478_400,
+        seq_len=2048,
+        batch_size=2048,
+        micro_batch_size=4,
+        lr=2e-6,
+        min_lr=2e-7,
+        warmup_steps=2000,
+        checkpointing="selective",
+        compile=True,
+        eval_every=1000,
+        save_every=1000,
+        val_tokens=1_048_576,
+    ),
+    # Published: continued from CodeGen-16B on 100 B Chinese + 20 B English tokens (680 B in all), context 2048.
+    # MOSS's own optimiser settings are not published; CodeGen-16B's (arXiv 2203.13474, table 6): 2 M tokens a step,
+    # 3,000 warm-up steps, weight decay 0.1, peak 0.5e-4.
+    "moss-16b": dict(
+        model="moss-16b",
+        data=("hub/Skywork/SkyPile-150B:5", "hub/allenai/c4/en/c4-train.*.json.gz:1"),
+        steps=60_000,
+        seq_len=2048,
+        batch_size=1024,
+        micro_batch_size=2,
+        lr=5e-5,
+        min_lr=5e-6,
+        warmup_steps=3000,
+        checkpointing="full",
+        compile=True,
+        eval_every=1000,
+        save_every=1000,
+        val_tokens=1_048_576,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`steps` steps at `seq_len` on `data`; `first` is the run's step at which it begins."""
+
+    first: int
+    steps: int
+    seq_len: int
+    rows: int
+    data: tuple[str, ...]
+
+
+def plan_phases(config: Config) -> list[Phase]:
+    """Moxin's schedule of contexts and mixtures. Without --phases, one phase of --steps."""
+    phases, first = [], 0
+    for text in config.phases or (f"{config.steps}@{config.seq_len}",):
+        steps, seq_len, *data = text.split("@")
+        require(
+            steps.isdecimal() and seq_len.isdecimal(),
+            f"--phases {text!r}: expected STEPS@SEQ_LEN[@DATA+DATA]",
+        )
+        rows, rest = divmod(config.batch_size * config.seq_len, int(seq_len))
+        require(rows > 0 and rest == 0, f"--phases {text!r}: {seq_len} does not divide a step's tokens")
+        sources = tuple(data[0].split("+")) if data else config.data
+        phases.append(Phase(first, int(steps), int(seq_len), rows, sources))
+        first += int(steps)
+    require(first == config.steps, f"--phases have {first} steps in all, --steps says {config.steps}")
+    return phases
+
+
+def load_corpus(config: Config, run: Run, phases: list[Phase]) -> tuple[Corpus, Tokenizer]:
+    """Tokenised documents of every source of every phase, and the tokenizer that made them."""
+    folder = config.tokenizer or config.init_from
+    tokenizer = load_tokenizer(folder) if folder else None
+    vocab_size = config.vocab_size or SHAPES[config.model].vocab_size
+    options = {
+        name: getattr(config, name) for name in ("val_data", "decontaminate", "skip_bad", "max_tokens")
+    }
+    sources = tuple(dict.fromkeys(source for phase in phases for source in phase.data))
+    if any(source.startswith("hub/") for source in sources):
+        options["max_tokens"] = config.max_tokens or config.steps * config.batch_size * config.seq_len
+    run.say(f"text: {' '.join(sources)} (prepared once, then found in the cache)")
+    try:
+        return prepare(sources, tokenizer, vocab_size=vocab_size, run=run, **options)
+    except HubUnreachable as error:
+        if config.data != PRESETS[config.preset].get("data"):
+            raise  # the user asked for this source by name
+        run.say(
+            f"{'!' * 78}\n{error}\nTraining on the embedded corpus instead: {' '.join(EMBEDDED)}\n{'!' * 78}"
+        )
+        phases[:] = [replace(phase, data=EMBEDDED) for phase in phases]
+        options["max_tokens"] = config.max_tokens
+        return prepare(EMBEDDED, tokenizer, vocab_size=vocab_size, run=run, **options)
+
+
+def model_shape(config: Config, vocab_size: int) -> Shape:
+    """The preset's shape with the command line's changes."""
+    require(config.model in SHAPES, f"--model {config.model!r}: one of {', '.join(SHAPES)}")
+    changes = {
+        n: getattr(config, n) for n in ("layers", "dim", "heads", "kv_heads", "ffn_dim") if getattr(config, n)
+    }
+    shape = SHAPES[config.model]
+    if config.dim or config.heads:
+        changes["head_dim"] = (config.dim or shape.dim) // (config.heads or shape.heads)
+    longest = max(phase.seq_len for phase in plan_phases(config))
+    try:
+        return replace(shape, **changes, vocab_size=vocab_size, max_seq_len=max(shape.max_seq_len, longest))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def build_model(config: Config, run: Run, corpus: Corpus, tokenizer: Tokenizer) -> Transformer:
+    """From scratch, or from a folder: as it is, deeper, or with the rows that a larger vocabulary needs."""
+    if not config.init_from:
+        with torch.device("meta"):
+            model = Transformer(model_shape(config, tokenizer.vocab_size))
+        model = materialize(parallelize(model, run), run)
+        model.init_weights(config.seed)
+        return model
+    start = read_config(config.init_from)
+    grown = tokenizer.vocab_size - start.vocab_size
+    if grown <= 0 and not config.expand_layers:
+        with torch.device("meta"):
+            model = Transformer(start)
+        model = materialize(parallelize(model, run), run)
+        load_weights(model, config.init_from)
+        return model
+    # Surgery works on whole weights: each process makes the same model, then keeps its share.
+    model = load_pretrained(config.init_from)
+    if grown > 0:
+        old = load_tokenizer(config.init_from)
+        pieces = [
+            old.encode_bytes(tokenizer.token_bytes(i)) for i in range(start.vocab_size, tokenizer.vocab_size)
+        ]
+        sample = next(val_batches(next(iter(corpus.val.values())), 256, 4096)).tokens.clamp(
+            max=start.vocab_size - 1
+        )
+        model = surgery.extend_vocabulary(model, pieces, sample)
+    if config.expand_layers:
+        model = surgery.expand_depth(model, config.expand_layers, config.expand_identity)
+    return parallelize(model.to(run.device), run)
+
+
+@torch.no_grad()
+def validate(model: Transformer, corpus: Corpus, config: Config, run: Run) -> dict[str, float]:
+    """val_loss (nats a token, all sources) and bits per byte of each source: nats / (bytes x ln 2)."""
+    nats_all = tokens_all = 0.0
+    result = {}
+    for name, stream in corpus.val.items():
+        nats = tokens = size = 0.0
+        for batch in val_batches(
+            stream, config.seq_len, config.val_tokens, run.world_size * config.micro_batch_size
+        ):
+            share = batch.rows(run.rows(len(batch.tokens))).to(run.device)
+            loss, count = model.loss(
+                share.tokens, share.targets, bounds_of(share, model, config), share.positions
+            )
+            nats, tokens, size = nats + loss.item(), tokens + count.item(), size + share.bytes
+        nats, tokens, size = run.sum(nats, tokens, size)
+        result[f"bpb/{name}"] = nats / size / math.log(2)
+        nats_all, tokens_all = nats_all + nats, tokens_all + tokens
+    return {"val_loss": nats_all / tokens_all, **result}
+
+
+def bounds_of(batch: Batch, model: Transformer, config: Config) -> Bounds | None:
+    """Who sees whom: the sliding window where the model has one, and packed documents kept apart."""
+    if not config.document_mask:
+        return None
+    return make_bounds(batch.tokens.shape[1], model.config.sliding_window, batch.doc_ids)
+
+
+def samples(model: Transformer, tokenizer: Tokenizer, config: Config, run: Run) -> list[str]:
+    """What the model makes of each prompt, at temperature 0.8."""
+    prompts = [tokenizer.encode(text) for text in config.prompts]
+    with unsharded(model):
+        made = generate(
+            model,
+            prompts,
+            max_new_tokens=40,
+            temperature=0.8,
+            stop_ids=(tokenizer.eos_id,),
+            seed=config.seed,
+            tokenizer=tokenizer,
+        )
+    return [text + tokenizer.decode(c[0].tokens) for text, c in zip(config.prompts, made, strict=True)]
+
+
+def report(
+    model: Transformer, corpus: Corpus, tokenizer: Tokenizer, config: Config, run: Run
+) -> dict[str, float]:
+    """Validate, and print the figures and samples."""
+    values = validate(model, corpus, config, run)
+    run.say("validation: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
+    for text in samples(model, tokenizer, config, run):
+        run.say(f"  sample: {text!r}")
+    return values
+
+
+def main() -> None:
+    config = parse(Config, PRESETS, about=__doc__)
+    phases = plan_phases(config)
+    for source in config.data:
+        parse_source(source)
+    shape = model_shape(config, config.vocab_size or SHAPES.get(config.model, SHAPES["tiny"]).vocab_size)
+    if config.dry_run:
+        return print_estimate(config, shape)
+
+    run = Run(config, "pretrain")
+    run.rows(config.batch_size)
+    corpus, tokenizer = load_corpus(config, run, phases)
+    model = build_model(config, run, corpus, tokenizer)
+    make_optimizer = make_muon if config.optimizer == "muon" else make_adamw
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    guard = SpikeGuard()
+    batches = [
+        PackedBatches(corpus.train, weights_of(phase.data), phase.seq_len, phase.rows, config.seed + i)
+        for i, phase in enumerate(phases)
+    ]
+    identity = {
+        "model": asdict(model.config),
+        "data": corpus.fingerprint,
+        "phases": [asdict(p) for p in phases],
+    }
+    identity |= {
+        name: getattr(config, name) for name in ("seed", "lr", "schedule", "optimizer", "document_mask")
+    }
+    checkpoints = Checkpointer(run, model, optimizer, identity)
+    state = checkpoints.load() if config.resume else {}
+    guard.load_state_dict(state.get("guard", guard.state_dict()))
+    before = state.get("before") or report(model, corpus, tokenizer, config, run)
+
+    flops = flops_per_token(model.config, config.seq_len)
+    run.say(f"{num_parameters(model.config):,} parameters, {flops:,} FLOPs a token, {config.steps} steps")
+    run.progress(config.steps, run.start_step)
+    clock, clock_tokens, data_seconds = time.monotonic(), 0, 0.0
+    step = run.start_step
+    while step < config.steps:
+        now, phase = [(i, p) for i, p in enumerate(phases) if p.first <= step][-1]
+        fetching = time.monotonic()
+        batch = batches[now].batch(step - phase.first, run.rows(phase.rows)).to(run.device)
+        data_seconds += time.monotonic() - fetching
+        (counted,) = run.sum((batch.targets >= 0).sum())
+
+        # One optimizer step: gradients of the summed loss / N, accumulated over micro-batches.
+        loss_sum = torch.zeros((), device=run.device)
+        for micro in batch.split(max(1, config.micro_batch_size * config.seq_len // phase.seq_len)):
+            loss, _ = model.loss(
+                micro.tokens, micro.targets, bounds_of(micro, model, config), micro.positions, config.z_loss
+            )
+            (loss / counted).backward()
+            loss_sum += loss.detach()
+        grad_norm = clip_grad_norm(model, config.grad_clip)
+        lr = learning_rate(config, step)
+        set_learning_rate(optimizer, lr)
+        loss = run.sum(loss_sum)[0] / counted
+        if guard.accepts(loss, grad_norm):
+            optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+
+        clock_tokens += phase.rows * phase.seq_len
+        stopping = run.should_stop()
+        if step % config.log_every == 0 or step == config.steps:
+            seconds = time.monotonic() - clock
+            speed = clock_tokens / seconds
+            values = {
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "tokens": step * config.batch_size * config.seq_len,
+            }
+            values |= {"tokens_per_second": speed, "peak_memory_bytes": peak_memory_bytes(run.device)}
+            values |= {"data_seconds": data_seconds / seconds, "skipped": guard.skipped}
+            utilisation = mfu(speed * flops / run.world_size, run.device)
+            run.log(step, config.steps, **values, **({"mfu": utilisation} if utilisation else {}))
+            clock, clock_tokens, data_seconds = time.monotonic(), 0, 0.0
+        if config.eval_every and step % config.eval_every == 0 and step < config.steps and not stopping:
+            run.log(step, config.steps, **report(model, corpus, tokenizer, config, run))
+            clock, clock_tokens, data_seconds = time.monotonic(), 0, 0.0
+        if stopping or step == config.steps or config.save_every and step % config.save_every == 0:
+            checkpoints.save(step, guard=guard.state_dict(), before=before)
+        if stopping:
+            checkpoints.wait()
+            raise UserError(
+                f"stopped at step {step}, checkpoint saved; go on with --resume --out {run.folder}"
+            )
+
+    after = report(model, corpus, tokenizer, config, run)
+    run.log(step, config.steps, **after)
+    checkpoints.wait()
+    save_pretrained(model, run.folder / "model", tokenizer)
+    ledger = {}
+    for part, phase in zip(batches, phases, strict=True):
+        for name, tokens in part.ledger(phase.steps).items():
+            ledger[name] = ledger.get(name, 0) + tokens
+    summary = {"before": before, "after": after, "control": corpus.unigram_bits_per_byte(), "tokens": ledger}
+    run.finish(
+        {**summary, "skipped_steps": guard.skipped}, (("loss", "val_loss"), tuple(after)[1:], ("grad_norm",))
+    )
+    run.say(f"done: {run.folder}/curves.png, {run.folder}/summary.json, model in {run.folder}/model")
+    run.say(
+        f"next: python chat.py --raw --model {run.folder}/model   or   python sft.py --init_from {run.folder}/model"
+    )
+
+
+def weights_of(data: tuple[str, ...]) -> dict[str, float]:
+    return {source.name: source.weight for source in map(parse_source, data)}
+
+
+if __name__ == "__main__":
+    run_main(main)
