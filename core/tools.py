@@ -308,6 +308,8 @@ def run_commands(
             found += len(results)
         elif command.name == "Solve":
             lines += [shown, *results]
+        elif command.name == "Text2Image":
+            lines += results  # MOSS's data has the notice alone
         else:
             lines.append(f"{shown} '{results[0]}'")
         if picture is not None:
