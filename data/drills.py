@@ -1,9 +1,11 @@
-"""Small bilingual texts made by rule: arithmetic, dates, units, everyday dialogues, in English and in Chinese.
+"""Small bilingual texts made by rule: arithmetic, dates, units, everyday dialogues, in English and in
+Chinese.
 
-They stand in for a Chinese corpus where none is installed and give a tiny model something it can master: later
-stages ask it for exactly such answers. Every text is about one subject (a number, a day, a length, a person's
-errand), and subjects, not lines, are held out for validation, so what is validated was never said in training.
-Installed Chinese message catalogues (gettext), where the system has some, are added as bilingual word lists.
+They stand in for a Chinese corpus where none is installed and give a tiny model something it can master:
+later stages ask it for exactly such answers. Every text is about one subject (a number, a day, a length, a
+person's errand), and subjects, not lines, are held out for validation, so what is validated was never said
+in training. Installed Chinese message catalogues (gettext), where the system has some, are added as
+bilingual word lists.
 """
 
 import random
@@ -191,7 +193,7 @@ def dialogue(number: int, chinese: bool, rng: random.Random) -> str:
              f"{count}加{given}等于{count + given}，所以你有{count + given}{zh_goods}。", "对，谢谢你。"),
             (f"我们{hour}点见面好吗？", f"我要晚{wait}个小时，{hour}加{wait}是{hour + wait}，{hour + wait}点可以吗？",
              f"可以，{hour + wait}点见。"),
-            (f"你今年多大？", f"我{age}岁。你呢？", f"我比你大{gap}岁，{age}加{gap}，我{age + gap}岁。"),
+            ("你今年多大？", f"我{age}岁。你呢？", f"我比你大{gap}岁，{age}加{gap}，我{age + gap}岁。"),
         )  # fmt: skip
     else:
         scenes = (
@@ -220,12 +222,20 @@ def drills() -> Iterator[tuple[str, str]]:
     for subject in order:
         number, chinese = subject // 2, subject % 2 == 1
         small = number % 100
-        for make, about in ((arithmetic, number), (arithmetic, small), (calendar, number), (conversion, 1 + number), (dialogue, number)):
+        for make, about in (
+            (arithmetic, number),
+            (arithmetic, small),
+            (calendar, number),
+            (conversion, 1 + number),
+            (dialogue, number),
+        ):
             seed = f"{make.__name__} {about} {subject}"
             yield f"{make.__name__} {about}", make(about, chinese, random.Random(seed))
 
 
-def catalogues(roots: tuple[Path, ...] = (Path(sys.prefix), Path("/usr/share/locale"))) -> Iterator[tuple[str, str]]:
+def catalogues(
+    roots: tuple[Path, ...] = (Path(sys.prefix), Path("/usr/share/locale")),
+) -> Iterator[tuple[str, str]]:
     """(file name, text) of the installed Chinese message catalogues: English message, then its translation."""
     for root in roots:
         for path in sorted(root.rglob("zh_CN/LC_MESSAGES/*.mo")):

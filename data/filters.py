@@ -2,9 +2,9 @@
 
     exact duplicates      the same text but for white space
     near duplicates       MinHash over 5-word shingles, 14 bands of 8 (Broder 1997; the settings of FineWeb,
-                          arXiv:2406.17557): two texts that share 3/4 of their shingles meet with probability 0.77
-    length and shape      Gopher's rules for prose (Rae et al. 2021, arXiv:2112.11446, table A1), StarCoder's for code
-                          (Li et al. 2023, arXiv:2305.06161, section 3.1)
+                          arXiv:2406.17557): texts that share 3/4 of their shingles meet with probability 0.77
+    length and shape      Gopher's rules for prose (Rae et al. 2021, arXiv:2112.11446, table A1) and
+                          StarCoder's for code (Li et al. 2023, arXiv:2305.06161, section 3.1)
     contamination         a 13-word sequence in common with an evaluation file (Brown et al. 2020, appendix C)
 
 Chinese is not written in words, so every Chinese character counts as a word here.
@@ -29,7 +29,10 @@ WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
 CHINESE = re.compile(r"[\u3400-\u9fff]")
 OTHER_SCRIPT = re.compile(r"[\u0370-\u1fff\u3040-\u30ff\uac00-\ud7af]")  # Greek to Indic, kana, Hangul
 ENGLISH_WORDS = frozenset("the be to of and that have with is in for a it this as not or are on by".split())
-CODE_LINE = re.compile(r"[;{}:,(]\s*$|^\s*(def|class|import|from|return|if|for|while|#include|//|\*|@)\b|\w\(.*\)|[=!<>]=|^\s*\w+ = ")
+CODE_LINE = re.compile(
+    r"[;{}:,(]\s*$|\w\(.*\)|[=!<>]=|^\s*\w+ = "
+    r"|^\s*(def|class|import|from|return|if|for|while|#include|//|\*|@)\b"
+)
 
 
 def words_of(text: str) -> list[str]:
@@ -51,7 +54,7 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
 
 
 def language(text: str) -> Language:
-    """Chinese, code, English or something else, from the characters and the lines of the first 4,000 characters."""
+    """Chinese, code, English or something else, judged by the first 4,000 characters."""
     text = text[:4000]
     letters = sum(map(str.isalpha, text)) or 1
     if len(OTHER_SCRIPT.findall(text)) > 0.2 * letters:
@@ -88,7 +91,7 @@ def code_quality(text: str) -> str | None:
 
 
 def prose_quality(text: str, kind: Language) -> str | None:
-    """Gopher's rules. Length is in words, so a Chinese text of 50 characters and an English one of 50 words pass."""
+    """Gopher's rules, with shorter texts allowed. Lengths are in words: a Chinese character counts as one."""
     words = words_of(text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(words) < 20:
@@ -131,8 +134,8 @@ class ExactIndex:
 class NearIndex:
     """Near duplicates by MinHash and banding. About 1 kB of memory a document: 1 GB for a million documents.
 
-    The k-th of 112 hash functions is a_k * x + b_k mod 2^64, its upper half compared; the minimum over a text's
-    shingles is equal for two texts with probability = Jaccard similarity of their shingle sets.
+    The k-th of 112 hash functions is a_k * x + b_k mod 2^64, its upper half compared; the minimum over a
+    text's shingles is equal for two texts with probability = Jaccard similarity of their shingle sets.
     """
 
     def __init__(self) -> None:
@@ -168,14 +171,20 @@ class Filters:
         self.only_languages = languages
         self.exact, self.near = ExactIndex(), NearIndex()
         self.evaluation = {
-            ngram for text in evaluation_texts for ngram in ngram_hashes(hash_words(words_of(text)), NGRAM).tolist()
+            ngram
+            for text in evaluation_texts
+            for ngram in ngram_hashes(hash_words(words_of(text)), NGRAM).tolist()
         }
+        self.start_source()
+
+    def start_source(self) -> None:
+        """Count from zero; what was seen stays seen, so that sources are compared with each other too."""
         self.counts: Counter[str] = Counter()
         self.languages: Counter[str] = Counter()
 
     def accept(self, text: str, kind: Language | Literal["drill", ""]) -> bool:
-        """Whether the document stays. kind: what its source says it is; "" = find out. Drills are exempt from the
-        rules of shape and from near duplication: they are made alike on purpose."""
+        """Whether the document stays. kind: what its source says it is; "" = find out. Drills are exempt
+        from the rules of shape and from near duplication: they are made alike on purpose."""
         found = kind or language(text)
         reason = self.reason(text, found)
         self.counts[reason or "kept"] += 1

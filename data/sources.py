@@ -1,13 +1,13 @@
 """Where text comes from: words of --data -> documents, one at a time.
 
     python-code python-docs drills     the embedded corpus: what is on every machine that has our requirements
-    a file or folder                   .txt .md .py; .jsonl .json .parquet (field `text` or `content`); .gz .zst
+    a file or folder                   .txt .md .py .jsonl .json .parquet (field `text` or `content`) .gz .zst
     hub/OWNER/NAME[/folder or glob]    a data set of the Hugging Face hub, streamed, never downloaded whole
 
-Each may end in `:weight`, its share of the mixture. The Python sources are read in place from the standard library
-and the installed packages: code as it stands, and the prose of the docstrings. They come in the order of a hash of
-the file's name, code from the front and docstrings from the back, so that a cut anywhere is a fair sample and a
-sample of each does not say the same things twice.
+Each may end in `:weight`, its share of the mixture. The Python sources are read in place from the standard
+library and the installed packages: code as it stands, and the prose of the docstrings. They come in the
+order of a hash of the file's name, code from the front and docstrings from the back, so that a cut anywhere
+is a fair sample and a sample of each does not say the same things twice.
 """
 
 import functools
@@ -17,6 +17,7 @@ import inspect
 import io
 import json
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,13 @@ from typing import IO, Any, Literal
 from core.config import UsageError, UserError, nearest
 from data.drills import catalogues, drills
 
-EMBEDDED = ("python-code", "python-docs", "drills")
-EMBEDDED_BYTES = {"python-code": 12_000_000, "python-docs": 7_200_000, "drills": 4_800_000}  # taken unless told more
+PACKAGES = ("python-code", "python-docs")
+EMBEDDED = (*PACKAGES, "drills")
+EMBEDDED_BYTES = {
+    "python-code": 12_000_000,
+    "python-docs": 7_200_000,
+    "drills": 4_800_000,
+}  # taken unless told more
 PLAIN, LINES, TABLES = (".txt", ".md", ".py"), (".jsonl", ".json", ".ndjson"), (".parquet",)
 PIECE = 100_000  # characters; a longer plain file is cut at line ends
 HUB_SECONDS = 10  # to wait for the hub before giving up
@@ -60,7 +66,8 @@ class Document:
 
 
 def parse_source(word: str) -> Source:
-    """`NAME_OR_PATH[:weight]`. Raises UsageError for a bad weight, an unknown name or a path that is not there."""
+    """`NAME_OR_PATH[:weight]`. Raises UsageError for a bad weight, an unknown name or a path that is not
+    there."""
     place, colon, weight = word.rpartition(":")
     if not colon:
         place, weight = word, "1"
@@ -79,12 +86,14 @@ def parse_source(word: str) -> Source:
         return Source(place, "-".join(parts[2:]).replace("*", ""), share)
     if not Path(place).exists():
         hint = nearest(place, EMBEDDED)
-        raise UsageError(f"--data {place!r}: no such file or folder{hint}; or hub/OWNER/NAME, or one of {', '.join(EMBEDDED)}")
+        known = f"hub/OWNER/NAME or {', '.join(EMBEDDED)}"
+        raise UsageError(f"--data {place!r}: no such file or folder{hint} (otherwise one of {known})")
     return Source(place, Path(place).resolve().name.partition(".")[0] or "data", share)
 
 
 def documents(source: Source) -> Iterator[Document | BadRecord]:
-    """Every document of a source in a fixed order; what cannot be read comes as a BadRecord, for the caller to raise."""
+    """Every document of a source in a fixed order; what cannot be read comes as a BadRecord, for the caller
+    to raise."""
     if source.word == "python-code":
         return python_code()
     if source.word == "python-docs":
@@ -101,7 +110,7 @@ def state_of(source: Source) -> list[Any]:
 
     A hub data set is known by its name alone, so that what was prepared can be used without the network.
     """
-    if source.word in ("python-code", "python-docs"):
+    if source.word in PACKAGES:
         return [source.word, *((str(name), size) for name, _, size in python_files())]
     if source.word == "drills":
         return [source.word, hashlib.sha256(Path(__file__).with_name("drills.py").read_bytes()).hexdigest()]
@@ -116,7 +125,8 @@ def state_of(source: Source) -> list[Any]:
 
 @functools.cache
 def python_files() -> list[tuple[str, Path, int]]:
-    """(name, path, bytes) of every Python file installed, in the order of a hash of the name: package/sub/file.py."""
+    """(name, path, bytes) of every Python file installed, in the order of a hash of the name:
+    package/sub/file.py."""
     found = {}
     for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
         for path in Path(root).rglob("*.py"):
@@ -132,7 +142,8 @@ def package_of(name: str) -> str:
 
 
 def held_out_packages(fraction: float) -> set[str]:
-    """Whole packages for validation, with about `fraction` of all bytes: small enough ones in the order of a hash."""
+    """Whole packages for validation, with about `fraction` of all bytes: small enough ones in the order of
+    a hash."""
     sizes: dict[str, int] = {}
     for name, _, size in python_files():
         sizes[package_of(name)] = sizes.get(package_of(name), 0) + size
@@ -171,13 +182,16 @@ def source_text(path: Path) -> str:
 def docstrings(text: str) -> list[str]:
     """Strings in three double quotes that stand as statements of their own, without their indentation.
 
-    Splitting at the quotes is fifty times faster than parsing. A file whose quotes do not pair up is left out.
+    Splitting at the quotes is fifty times faster than parsing. A file whose quotes do not pair up is left
+    out.
     """
     parts = text.split('"""')
     if len(parts) % 2 == 0:
         return []
     lead = [part.rpartition("\n")[2].strip() for part in parts[0::2]]
-    return [inspect.cleandoc(body) for before, body in zip(lead, parts[1::2], strict=False) if before in ("", "r")]
+    return [
+        inspect.cleandoc(body) for before, body in zip(lead, parts[1::2], strict=False) if before in ("", "r")
+    ]
 
 
 def all_drills() -> Iterator[Document]:
@@ -195,15 +209,20 @@ def all_drills() -> Iterator[Document]:
 
 
 def local_files(path: Path) -> list[Path]:
-    """The readable files of a folder in order of name, or the file itself. Raises UserError if there is none."""
+    """The readable files of a folder in order of name, or the file itself. Raises UserError if there is
+    none."""
     known = (*PLAIN, *LINES, *TABLES)
     if path.is_file():
         if kind_of(path.name) not in known:
-            raise UserError(f"{path}: cannot read this kind of file; expected {' '.join(known)}, or with .gz, .zst")
+            raise UserError(
+                f"{path}: cannot read this kind of file; expected {' '.join(known)}, or with .gz, .zst"
+            )
         return [path]
     files = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file.name) in known)
     if not files:
-        raise UserError(f"{path}: nothing to read in this folder; expected {' '.join(known)}, or with .gz, .zst")
+        raise UserError(
+            f"{path}: nothing to read in this folder; expected {' '.join(known)}, or with .gz, .zst"
+        )
     return files
 
 
@@ -220,32 +239,48 @@ def local_documents(path: Path) -> Iterator[Document | BadRecord]:
 
 
 def read_stream(stream: IO[bytes], name: str, alone: bool = False) -> Iterator[Document | BadRecord]:
-    """Documents of one open file. alone: it is all of its source, so that a plain text must be cut to be split."""
+    """Documents of one open file. alone: it is all of its source, so a plain text is cut to leave some for
+    validation. Raises UserError if the file is damaged."""
     kind = kind_of(name)
-    if kind in TABLES:
-        yield from read_parquet(stream, name)
-        return
+    damage: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error)
     if name.endswith(".gz"):
         stream = gzip.open(stream)
     elif name.endswith(".zst"):
-        stream = optional("zstandard", name).ZstdDecompressor().stream_reader(stream, read_across_frames=True)
-    if kind in LINES:
-        yield from read_lines(stream, name)
-        return
+        zstandard = optional("zstandard", name)
+        stream = io.BufferedReader(
+            zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
+        )
+        damage += (zstandard.ZstdError,)
+    try:
+        if kind in TABLES:
+            yield from read_parquet(stream, name)
+        elif kind in LINES:
+            yield from read_lines(stream, name)
+        else:
+            yield from read_plain(stream, name, alone)
+    except damage as error:
+        raise UserError(f"{name}: damaged, or not what its ending says ({error})") from None
+
+
+def read_plain(stream: IO[bytes], name: str, alone: bool) -> Iterator[Document | BadRecord]:
+    """A text file, in pieces if it is long."""
     content = stream.read()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = 1 + content[: error.start].count(b"\n")
-        yield BadRecord(f"{name}:{line}: byte {error.start} is not UTF-8; convert the file or pass --skip_bad")
+        yield BadRecord(
+            f"{name}:{line}: byte {error.start} is not UTF-8; convert the file or pass --skip_bad"
+        )
         return
     size = min(PIECE, max(1000, len(text) // 20)) if alone else PIECE
     for piece in cut(text, size):
-        yield Document(piece, kind="code" if kind == ".py" else "")
+        yield Document(piece, kind="code" if kind_of(name) == ".py" else "")
 
 
 def cut(text: str, size: int) -> Iterator[str]:
-    """A long text in pieces of `size` characters or a little more, each ending with a line. They join to the text."""
+    """A long text in pieces of `size` characters or a little more, each ending with a line. They join to
+    the text."""
     start = 0
     while start < len(text):
         end = text.find("\n", start + size) + 1 or len(text)
@@ -255,23 +290,31 @@ def cut(text: str, size: int) -> Iterator[str]:
 
 def read_lines(stream: IO[bytes], name: str) -> Iterator[Document | BadRecord]:
     """One JSON object a line, the text under `text` or `content`."""
-    for number, line in enumerate(io.BufferedReader(stream) if not hasattr(stream, "readline") else stream, 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-                yield Document(record["text"] if "text" in record else record["content"])
-            except (ValueError, KeyError, TypeError) as error:
-                what = "no field `text` or `content`" if isinstance(error, KeyError) else str(error)
-                yield BadRecord(f"{name}:{number}: {what}; mend the line or pass --skip_bad")
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            text = record["text"] if "text" in record else record["content"]
+            if not isinstance(text, str):
+                raise TypeError(f"the text is {type(text).__name__}, not a string")
+            yield Document(text)
+        except (ValueError, KeyError, TypeError) as error:
+            what = "no field `text` or `content`" if isinstance(error, KeyError) else str(error)
+            yield BadRecord(f"{name}:{number}: {what}; mend the line or pass --skip_bad")
 
 
 def read_parquet(stream: IO[bytes], name: str) -> Iterator[Document]:
-    """Row by row, a few rows in memory at a time, and of the columns only the text."""
+    """A few rows in memory at a time, and of the columns only the text."""
     parquet = optional("pyarrow.parquet", name)
-    table = parquet.ParquetFile(stream)
-    column = next((c for c in ("text", "content") if c in table.schema_arrow.names), None)
+    try:
+        table = parquet.ParquetFile(stream)
+    except ValueError as error:
+        raise UserError(f"{name}: damaged, or not what its ending says ({error})") from None
+    columns = table.schema_arrow.names
+    column = next((one for one in ("text", "content") if one in columns), None)
     if column is None:
-        raise UserError(f"{name}: no column `text` or `content`, only {', '.join(table.schema_arrow.names)}")
+        raise UserError(f"{name}: no column `text` or `content`, only {', '.join(columns)}")
     for batch in table.iter_batches(batch_size=256, columns=[column]):
         for value in batch.column(0):
             yield Document(value.as_py() or "")
@@ -290,26 +333,33 @@ def optional(module: str, name: str) -> Any:
 
 
 def hub_filesystem(repository: str) -> Any:
-    """The hub as a file system. Raises HubUnreachable within HUB_SECONDS if the data set cannot be had."""
+    """The hub as a file system. Raises HubUnreachable in about HUB_SECONDS if the data set cannot be had."""
     from huggingface_hub import HfApi, HfFileSystem
+    from huggingface_hub.errors import HTTPError
 
     try:
         HfApi().dataset_info(repository, timeout=HUB_SECONDS)
-    except Exception as error:  # the client's own, its HTTP library's and the system's errors have no common class
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    except (HTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise HubUnreachable(f"hub data set {repository} cannot be reached: {reason}") from None
     return HfFileSystem()
 
 
 def hub_documents(word: str) -> Iterator[Document | BadRecord]:
     """Documents of hub/OWNER/NAME[/folder or glob], file after file in order of name, read as they arrive."""
+    from huggingface_hub.errors import HTTPError
+
     _, owner, name, *rest = word.split("/")
     files = hub_filesystem(f"{owner}/{name}")
     place = "/".join(("datasets", owner, name, *rest))
-    found = files.glob(place) if "*" in place else files.find(place)
-    known = [path for path in sorted(found) if kind_of(path) in (*PLAIN[:1], *LINES, *TABLES)]
-    if not known:
-        raise HubUnreachable(f"{word}: no .jsonl, .json, .txt or .parquet file there")
-    for path in known:
-        with files.open(path, "rb") as stream:
-            yield from read_stream(stream, path)
+    try:
+        found = files.glob(place) if "*" in place else files.find(place)
+        known = [path for path in sorted(found) if kind_of(path) in (".txt", *LINES, *TABLES)]
+        if not known:
+            raise UserError(f"--data {word}: no .jsonl, .json, .parquet or .txt file there")
+        for path in known:
+            with files.open(path, "rb") as stream:
+                yield from read_stream(stream, path)
+    except (HTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--data {word}: the connection broke ({reason}); start again") from None

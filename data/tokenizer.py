@@ -1,8 +1,8 @@
 """Text to token ids and back: train a byte-level BPE, extend one, and load those of published models.
 
-Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) on bytes (GPT-2): text is cut into words by a regular
-expression, each word starts as its bytes, and learned merges join neighbours, earliest-learned first. Every text
-has an encoding, and decoding gives back exactly the same bytes.
+Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) on bytes (GPT-2): text is cut into words by a
+regular expression, each word starts as its bytes, and learned merges join neighbours, earliest-learned
+first. Every text has an encoding, and decoding gives back exactly the same bytes.
 
 Four kinds of published vocabulary load into one interface (`load_tokenizer`):
 
@@ -13,11 +13,11 @@ Four kinds of published vocabulary load into one interface (`load_tokenizer`):
     tokenizer.model (Llama, Mistral)       sentencepiece    SentencePieceTokenizer
     any other tokenizer.json               tokenizers       LibraryTokenizer
 
-Special tokens are only ever placed by code, through their ids: `encode` treats "</s>" in a text as four ordinary
-characters, so nobody can end a turn or forge a role by writing the marker.
+Special tokens are only ever placed by code, through their ids: `encode` treats "</s>" in a text as four
+ordinary characters, so nobody can end a turn or forge a role by writing the marker.
 
-    python data/tokenizer.py train --data FILE_OR_FOLDER... --vocab_size 8192 --out FOLDER
-    python data/tokenizer.py extend --tokenizer FOLDER --data FILE_OR_FOLDER... --n_merges 2000 --out FOLDER
+    python data/tokenizer.py train --data my_texts/ --vocab_size 8192 --out FOLDER
+    python data/tokenizer.py extend --tokenizer FOLDER --data chinese.jsonl --n_merges 2000 --out FOLDER
 """
 
 import base64
@@ -26,8 +26,10 @@ import heapq
 import json
 import os
 import sys
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,12 +38,14 @@ import tiktoken
 
 if __name__ == "__main__":  # run as a script, this folder is first on the path and must give way to the root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from core.config import UserError
+from core.config import UsageError, UserError, parse, run_main
+from data.sources import BadRecord, documents, parse_source
 
-# How text is cut into words before merging; no merge crosses a cut. One character (a space, a quote, a bracket)
-# may lead a run of letters, so " word", "_name" and "(x" are one word each. Digits stand alone: 7, 27 and 127 then
-# share the token "7", place value is visible, and a small model learns to carry instead of memorising 1,000 pieces.
-# A run of spaces leaves its last one to the word after it, which keeps indentation in one token.
+# How text is cut into words before merging; no merge crosses a cut. One character (a space, a quote, a
+# bracket) may lead a run of letters, so " word", "_name" and "(x" are one word each. Digits stand alone: 7,
+# 27 and 127 then share the token "7", place value is visible, and a small model learns to carry instead of
+# memorising 1,000 pieces. A run of spaces leaves its last one to the word after it, which keeps indentation
+# in one token.
 PATTERN = (
     r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"
     r"|\p{N}"
@@ -53,10 +57,15 @@ CL100K_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-RANK_FILE_PATTERNS = {"gpt2": GPT2_PATTERN, "r50k": GPT2_PATTERN, "p50k": GPT2_PATTERN, "cl100k": CL100K_PATTERN}
+RANK_FILE_PATTERNS = {
+    "gpt2": GPT2_PATTERN,
+    "r50k": GPT2_PATTERN,
+    "p50k": GPT2_PATTERN,
+    "cl100k": CL100K_PATTERN,
+}
 
-# Ours: document start and end, padding; MOSS's turn markers (end of human, thoughts, commands, results, MOSS);
-# the place of a picture; five quality tags for preference-aware training.
+# Ours: document start and end, padding; MOSS's turn markers (end of human, thoughts, commands, results,
+# MOSS); the place of a picture; five quality tags for preference-aware training.
 SPECIAL_TOKENS = (
     "<s>", "</s>", "<pad>", "<eoh>", "<eot>", "<eoc>", "<eor>", "<eom>", "<image>",
     "<quality_0>", "<quality_1>", "<quality_2>", "<quality_3>", "<quality_4>",
@@ -64,7 +73,8 @@ SPECIAL_TOKENS = (
 
 
 def printable_bytes() -> dict[int, str]:
-    """GPT-2's alphabet: one visible character for each of the 256 bytes, used by vocab.json and tokenizer.json."""
+    """GPT-2's alphabet: one visible character for each of the 256 bytes, used by vocab.json and
+    tokenizer.json."""
     visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
@@ -94,11 +104,16 @@ class Tokenizer:
     chat_template: str | None
 
     def __init__(self, special_tokens: dict[str, int], vocab_size: int, settings: dict[str, Any]) -> None:
-        """settings: as in tokenizer_config.json; of it bos_token, eos_token, pad_token, chat_template are read."""
+        """settings: as in tokenizer_config.json; of it bos_token, eos_token, pad_token, chat_template are
+        read."""
         self.special_tokens, self.vocab_size, self.settings = special_tokens, vocab_size, settings
-        self.bos_id, eos_id, self.pad_id = (special_tokens.get(settings.get(f"{n}_token")) for n in ("bos", "eos", "pad"))
+        self.bos_id, eos_id, self.pad_id = (
+            special_tokens.get(settings.get(f"{n}_token")) for n in ("bos", "eos", "pad")
+        )
         if eos_id is None:
-            raise UserError(f"the tokenizer names no end-of-text token (eos_token); it has {list(special_tokens)[:20]}")
+            raise UserError(
+                f"the tokenizer names no end-of-text token (eos_token); it has {list(special_tokens)[:20]}"
+            )
         self.eos_id = eos_id
         self.chat_template = settings.get("chat_template")
 
@@ -110,7 +125,8 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes the tokens stand for, special tokens as their names. decode_bytes(a + b) is the sum of both."""
+        """The bytes the tokens stand for, special tokens as their names. decode_bytes(a + b) is the sum of
+        both."""
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -135,7 +151,8 @@ class Tokenizer:
         raise NotImplementedError
 
     def save_settings(self, folder: Path) -> None:
-        """tokenizer_config.json, in which the library's clean-up of spaces is off: it would alter decoded text."""
+        """tokenizer_config.json, in which the library's clean-up of spaces is off: it would alter decoded
+        text."""
         by_id = {token_id: name for name, token_id in self.special_tokens.items()}
         settings = {
             **self.settings,
@@ -151,7 +168,8 @@ class Tokenizer:
 class BytePairTokenizer(Tokenizer):
     """Byte-level BPE, run by tiktoken.
 
-    ranks: token bytes -> id, in the order the merges were learned; ids must grow in that order but may leave gaps
+    ranks: token bytes -> id, in the order the merges were learned; ids must grow in that order but may
+    leave gaps
         (an extended vocabulary has its special tokens in the gap).
     whitespace: whole runs of spaces or tabs that are tokens of their own, as in CodeGen and MOSS: text -> id.
     mode: "lossless", or "compat" = as MOSS's released tokenizer, which drops white space beside such runs.
@@ -172,7 +190,8 @@ class BytePairTokenizer(Tokenizer):
         }
         vocab_size = 1 + max(*ranks.values(), *special_tokens.values(), *self.whitespace.values(), -1)
         super().__init__(special_tokens, vocab_size, settings or {})
-        # The runs are special tokens to tiktoken only for decoding: in encoding it would not take the longest.
+        # The runs are special tokens to tiktoken only for decoding: in encoding it would not take the
+        # longest.
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens | self.whitespace
         )
@@ -208,16 +227,24 @@ class BytePairTokenizer(Tokenizer):
     @property
     def fingerprint(self) -> str:
         ranks = [(token.hex(), token_id) for token, token_id in self.ranks.items()]
-        return fingerprint_of(ranks, self.special_tokens, self.whitespace, self.pattern, self.mode, self.bos_id, self.eos_id)
+        return fingerprint_of(
+            ranks, self.special_tokens, self.whitespace, self.pattern, self.mode, self.bos_id, self.eos_id
+        )
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         added = sorted((self.special_tokens | self.whitespace).items(), key=lambda item: item[1])
-        # The library numbers added tokens itself unless the vocabulary already has them: there they keep their ids.
+        # The library numbers added tokens itself unless the vocabulary already has them: there they keep
+        # their ids.
         vocab = {to_chars(token): token_id for token, token_id in self.ranks.items()} | dict(added)
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": False,
+        }
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
         content = {
             "version": "1.0",
@@ -255,7 +282,9 @@ class LibraryTokenizer(Tokenizer):
         tokenizers = optional_import("tokenizers", "this kind of tokenizer.json")
         self.content = content
         self.library = tokenizers.Tokenizer.from_str(content)
-        self.library.encode_special_tokens = True  # in the library's words: special tokens in a text are plain text
+        self.library.encode_special_tokens = (
+            True  # in the library's words: special tokens in a text are plain text
+        )
         self.library.no_truncation()
         self.library.no_padding()
         ids = self.library.get_vocab(with_added_tokens=True).values()
@@ -273,10 +302,13 @@ class LibraryTokenizer(Tokenizer):
         return self.library.decode(list(ids), skip_special_tokens=False)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return b"".join(self.names[i].encode() if i in self.names else self.token_bytes(i) for i in map(int, ids))
+        return b"".join(
+            self.names[i].encode() if i in self.names else self.token_bytes(i) for i in map(int, ids)
+        )
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The library joins bytes into characters only in its own decoder, so its alphabets are undone here."""
+        """The library joins bytes into characters only in its own decoder, so its alphabets are undone
+        here."""
         piece = self.library.id_to_token(token_id)
         if piece is None or token_id in self.names:
             return b""
@@ -320,7 +352,9 @@ class SentencePieceTokenizer(Tokenizer):
         return self.library.encode(text)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return b"".join(self.names[i].encode() if i in self.names else self.token_bytes(i) for i in map(int, ids))
+        return b"".join(
+            self.names[i].encode() if i in self.names else self.token_bytes(i) for i in map(int, ids)
+        )
 
     def token_bytes(self, token_id: int) -> bytes:
         ordinary = token_id < len(self.pieces) and token_id not in self.names
@@ -401,8 +435,9 @@ def piece_bytes(piece: str) -> bytes:
 
 
 def strip_beside_runs(parts: list[str], runs: dict[str, int]) -> list[str]:
-    """MOSS's released tokenizer: the neighbours of an added token lose their white space on the side that touches
-    it, in order from the left, and a neighbour that is itself a run may vanish. Kept only to give the same ids."""
+    """MOSS's released tokenizer: the neighbours of an added token lose their white space on the side that
+    touches it, in order from the left, and a neighbour that is itself a run may vanish. Kept only to give
+    the same ids."""
     parts = list(parts)
     for i, part in enumerate(parts):
         if part in runs:
@@ -417,7 +452,8 @@ def strip_beside_runs(parts: list[str], runs: dict[str, int]) -> list[str]:
 
 
 def count_words(texts: Iterable[str], pattern: str) -> Counter[str]:
-    """How often each word occurs. Training then works on distinct words: a tenth to a hundredth of the text."""
+    """How often each word occurs. Training then works on distinct words: a tenth to a hundredth of the
+    text."""
     find, counts = regex.compile(pattern).findall, Counter()
     for text in texts:
         counts.update(find(text))
@@ -425,15 +461,22 @@ def count_words(texts: Iterable[str], pattern: str) -> Counter[str]:
 
 
 def learn_merges(
-    words: list[list[int]], counts: list[int], names: dict[int, bytes], n_merges: int, first_id: int, keep_ascii: bool
+    words: list[list[int]],
+    counts: list[int],
+    names: dict[int, bytes],
+    n_merges: int,
+    first_id: int,
+    keep_ascii: bool,
 ) -> None:
-    """Add up to n_merges tokens to `names` (id -> bytes), each joining the then most frequent pair of neighbours.
+    """Add up to n_merges tokens to `names` (id -> bytes), each joining the then most frequent pair of
+    neighbours.
 
     words: token ids of each distinct word, altered in place; counts: how often each word occurs.
     keep_ascii: never make a token of ASCII characters alone.
-    Ties go to the pair with the smaller ids, so the result depends on the counts alone. Stops early when no pair
-    occurs twice. The pair counts are kept up to date instead of counted anew, and only words that contain the
-    pair are touched; the heap may hold old, too high counts, which are corrected when they come to the top.
+    Ties go to the pair with the smaller ids, so the result depends on the counts alone. Stops early when no
+    pair occurs twice. The pair counts are kept up to date instead of counted anew, and only words that
+    contain the pair are touched; the heap may hold old, too high counts, which are corrected when they come
+    to the top.
     """
     pair_counts: dict[tuple[int, int], int] = defaultdict(int)
     words_with: dict[tuple[int, int], set[int]] = defaultdict(set)
@@ -494,11 +537,14 @@ def train_tokenizer(
 ) -> BytePairTokenizer:
     """A new vocabulary of `vocab_size` ids: 256 bytes, merges, then the special tokens.
 
-    The first three special tokens are taken as begin, end and padding. Little text gives fewer merges than asked.
+    The first three special tokens are taken as begin, end and padding. Little text gives fewer merges than
+    asked.
     """
     n_merges = vocab_size - 256 - len(special_tokens)
     if n_merges < 0:
-        raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens")
+        raise UserError(
+            f"vocab_size {vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens"
+        )
     counts = count_words(texts, pattern)
     if not counts:
         raise UserError("no text to train a tokenizer on")
@@ -514,11 +560,12 @@ def train_tokenizer(
 def extend_tokenizer(
     tokenizer: BytePairTokenizer, texts: Iterable[str], n_merges: int, keep_ascii: bool = True
 ) -> BytePairTokenizer:
-    """Continue the merges of a vocabulary on new text, as MOSS did with some 55,000 Chinese ones on top of GPT-2's.
+    """Continue the merges of a vocabulary on new text, as MOSS did with some 55,000 Chinese ones on top of
+    GPT-2's.
 
     Every old id keeps its meaning, special tokens included, so the new ids start after the last old one. With
-    keep_ascii no new token is made of ASCII alone, which leaves the encoding of all ASCII text as it was: English
-    and code are untouched even where the new text is full of English names.
+    keep_ascii no new token is made of ASCII alone, which leaves the encoding of all ASCII text as it was:
+    English and code are untouched even where the new text is full of English names.
     """
     if not isinstance(tokenizer, BytePairTokenizer):
         raise UserError("only byte-level BPE vocabularies can be extended")
@@ -531,13 +578,14 @@ def extend_tokenizer(
     ranks = {token: token_id for token_id, token in names.items()}
     return BytePairTokenizer(
         ranks, tokenizer.special_tokens, tokenizer.pattern,
-        {**tokenizer.settings, "chat_template": tokenizer.chat_template}, tokenizer.whitespace, tokenizer.mode,
+        {**tokenizer.settings, "chat_template": tokenizer.chat_template}, tokenizer.whitespace,
+        tokenizer.mode,
     )  # fmt: skip
 
 
 def apply_merges(content: bytes, ranks: dict[bytes, int], before: float = float("inf")) -> list[bytes]:
-    """Byte-pair encoding of one word as plain Python: join the neighbours with the lowest id, leftmost first, until
-    none is left. With `before`, only tokens of a lower id are made."""
+    """Byte-pair encoding of one word as plain Python: join the neighbours with the lowest id, leftmost
+    first, until none is left. With `before`, only tokens of a lower id are made."""
     parts = [content[i : i + 1] for i in range(len(content))]
     while len(parts) > 1:
         ids = [ranks.get(left + right, before) for left, right in zip(parts, parts[1:], strict=False)]
@@ -550,10 +598,14 @@ def apply_merges(content: bytes, ranks: dict[bytes, int], before: float = float(
 
 def merges_of(ranks: dict[bytes, int]) -> list[list[bytes]]:
     """The merge behind each token of more than one byte: the two parts that the earlier merges leave of it."""
-    merges = [apply_merges(token, ranks, before=token_id) for token, token_id in ranks.items() if len(token) > 1]
+    merges = [
+        apply_merges(token, ranks, before=token_id) for token, token_id in ranks.items() if len(token) > 1
+    ]
     broken = next((parts for parts in merges if len(parts) != 2), None)
     if broken:
-        raise UserError(f"token {b''.join(broken)!r} is not made of two earlier tokens; the vocabulary is damaged")
+        raise UserError(
+            f"token {b''.join(broken)!r} is not made of two earlier tokens; the vocabulary is damaged"
+        )
     return merges
 
 
@@ -578,7 +630,9 @@ def load_tokenizer(
         names = ("tokenizer.json", "tokenizer.model", "vocab.json", "encoder.json")
         found = [path / name for name in names if (path / name).is_file()] + sorted(path.glob("*.tiktoken"))
         if not found:
-            raise UserError(f"{path}: no tokenizer in this folder (looked for {', '.join(names)}, *.tiktoken)")
+            raise UserError(
+                f"{path}: no tokenizer in this folder (looked for {', '.join(names)}, *.tiktoken)"
+            )
         path = found[0]
     if path.suffix == ".model":
         return SentencePieceTokenizer(path, read_added(folder), settings)
@@ -590,7 +644,8 @@ def load_tokenizer(
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """special_tokens_map.json, tokenizer_config.json and chat_template.jinja of a folder, with tokens as text."""
+    """special_tokens_map.json, tokenizer_config.json and chat_template.jinja of a folder, with tokens as
+    text."""
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -618,7 +673,8 @@ def with_end_token(settings: dict[str, Any], special_tokens: dict[str, int]) -> 
 
 
 def load_ranks(path: Path, pattern: str | None, settings: dict[str, Any]) -> BytePairTokenizer:
-    """A tiktoken rank file: lines of base64 bytes and rank. It holds neither the pattern nor the special tokens."""
+    """A tiktoken rank file: lines of base64 bytes and rank. It holds neither the pattern nor the special
+    tokens."""
     ranks = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
@@ -626,7 +682,9 @@ def load_ranks(path: Path, pattern: str | None, settings: dict[str, Any]) -> Byt
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise UserError(f"{path}:{number}: expected a base64 token and its rank") from None
-    pattern = pattern or next((p for name, p in RANK_FILE_PATTERNS.items() if path.name.startswith(name)), None)
+    pattern = pattern or next(
+        (p for name, p in RANK_FILE_PATTERNS.items() if path.name.startswith(name)), None
+    )
     if pattern is None:
         raise UserError(f"{path}: a rank file does not say how text is cut into words; give `pattern`")
     ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
@@ -634,8 +692,11 @@ def load_ranks(path: Path, pattern: str | None, settings: dict[str, Any]) -> Byt
     return BytePairTokenizer(ranks, special, pattern, {"eos_token": "<|endoftext|>"} | settings)
 
 
-def load_vocab_merges(folder: Path, settings: dict[str, Any], mode: Literal["lossless", "compat"]) -> Tokenizer:
-    """GPT-2's two files; added_tokens.json, where there is one, adds markers and runs of white space (MOSS)."""
+def load_vocab_merges(
+    folder: Path, settings: dict[str, Any], mode: Literal["lossless", "compat"]
+) -> Tokenizer:
+    """GPT-2's two files; added_tokens.json, where there is one, adds markers and runs of white space
+    (MOSS)."""
     names = [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")]
     pair = next((p for p in names if (folder / p[0]).is_file()), names[0])
     vocab_file, merges_file = folder / pair[0], folder / pair[1]
@@ -649,8 +710,11 @@ def load_vocab_merges(folder: Path, settings: dict[str, Any], mode: Literal["los
     ) or library_byte_pair(read_json(vocab_file), merges, read_added(folder), settings)
 
 
-def load_tokenizer_json(path: Path, settings: dict[str, Any], mode: Literal["lossless", "compat"]) -> Tokenizer:
-    """A tokenizer.json; through tiktoken where that gives the same ids, else through the library it was made for."""
+def load_tokenizer_json(
+    path: Path, settings: dict[str, Any], mode: Literal["lossless", "compat"]
+) -> Tokenizer:
+    """A tokenizer.json; through tiktoken where that gives the same ids, else through the library it was
+    made for."""
     content = read_json(path)
     try:
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
@@ -673,7 +737,12 @@ def byte_level_pattern(content: dict[str, Any]) -> str | None:
     steps = content["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
     model, last = content["model"], steps[-1]
-    if model["type"] != "BPE" or content["normalizer"] or last.get("type") != "ByteLevel" or last["add_prefix_space"]:
+    if (
+        model["type"] != "BPE"
+        or content["normalizer"]
+        or last.get("type") != "ByteLevel"
+        or last["add_prefix_space"]
+    ):
         return None
     if len(steps) == 1 and last.get("use_regex", True):
         return GPT2_PATTERN
@@ -692,8 +761,8 @@ def byte_pair_tokenizer(
 ) -> BytePairTokenizer | None:  # fmt: skip
     """The vocabulary for tiktoken, or None where tiktoken would give other ids.
 
-    tiktoken joins the pair whose result has the lowest id: that is the merge list's order only if ids grow along
-    the list and no token is made by two merges.
+    tiktoken joins the pair whose result has the lowest id: that is the merge list's order only if ids grow
+    along the list and no token is made by two merges.
     """
     try:
         single = {bytes([byte]): vocab[char] for byte, char in BYTE_TO_CHAR.items()}
@@ -768,3 +837,67 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------- command line
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    preset: str = "default"
+    data: tuple[str, ...] = ()  # sources to learn from, as for data/text.py (weights have no meaning here)
+    max_bytes: int = 30_000_000  # of text read from each source
+    vocab_size: int = 8192  # ids in all, special tokens included
+    out: str = ""  # folder to write
+
+
+@dataclass(kw_only=True)
+class ExtendConfig:
+    preset: str = "default"
+    tokenizer: str = ""  # folder or file of the tokenizer to extend
+    data: tuple[str, ...] = ()  # sources to learn from, as for data/text.py (weights have no meaning here)
+    max_bytes: int = 30_000_000  # of text read from each source
+    n_merges: int = 2000  # new ids
+    keep_ascii: bool = True  # leave the encoding of ASCII text as it is
+    out: str = ""  # folder to write
+
+
+def read_sources(words: tuple[str, ...], max_bytes: int) -> Iterator[str]:
+    for word in words:
+        room = max_bytes
+        for document in documents(parse_source(word)):
+            if isinstance(document, BadRecord):
+                raise document
+            room -= len(document.text.encode("utf-8", "replace"))
+            yield document.text
+            if room <= 0:
+                break
+
+
+def main() -> None:
+    commands = {"train": TrainConfig, "extend": ExtendConfig}
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in ("-h", "--help"):
+        print(
+            f"{__doc__}\nOptions: python data/tokenizer.py train --help, python data/tokenizer.py extend --help"
+        )
+        return
+    if command not in commands:
+        raise UsageError(
+            f"expected `train` or `extend` as the first word, not {command!r} (--help says more)"
+        )
+    config = parse(commands[command], {"default": {}}, sys.argv[2:], about=__doc__)
+    if not config.data or not config.out:
+        raise UsageError("--data and --out are needed")
+    texts = read_sources(config.data, config.max_bytes)
+    if command == "train":
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+    else:
+        old = load_tokenizer(config.tokenizer)
+        tokenizer = extend_tokenizer(old, texts, config.n_merges, config.keep_ascii)
+    tokenizer.save(config.out)
+    print(f"{config.out}: {tokenizer.vocab_size} ids, {time.process_time():.0f} CPU seconds")
+
+
+if __name__ == "__main__":
+    run_main(main)
