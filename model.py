@@ -2,8 +2,8 @@
 
 Moxin-7B (arXiv 2412.06845, section 3) is a Mistral-type decoder: RMSNorm before each sub-layer, grouped-query
 attention with rotary positions and an optional sliding window, SwiGLU, no biases. MOSS-16B (DOI
-10.1007/s11633-024-1502-8) is a CodeGen-type decoder: one LayerNorm feeds attention and MLP side by side, GELU,
-rotary positions on the first 64 of 256 dimensions. The switches between them are fields of `Config`.
+10.1007/s11633-024-1502-8) is a CodeGen-type decoder: one LayerNorm feeds attention and MLP side by side,
+GELU, rotary positions on the first 64 of 256 dimensions. The switches between them are fields of `Config`.
 
 Shapes: B sequences, T tokens, H query heads, KV key/value heads, D head dimension, V vocabulary.
 """
@@ -48,13 +48,13 @@ class Config:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim", "max_seq_len"):
+        for name in "vocab_size layers dim heads kv_heads head_dim ffn_dim max_seq_len".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.rotary % 2 or self.rotary > self.head_dim:
-            raise ValueError(f"rotary_dim ({self.rotary}) must be even and at most head_dim ({self.head_dim})")
+            raise ValueError(f"rotary_dim ({self.rotary}) must be even, at most head_dim ({self.head_dim})")
 
     @property
     def rotary(self) -> int:
@@ -104,14 +104,15 @@ def make_norm(config: Config) -> nn.Module:
 
 
 def rotary_tables(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency (Su et al. 2021, eq. 15): positions [T] or [B, T] -> 2 x [.., T, 1, R/2]."""
-    exponents = torch.arange(0, config.rotary, 2, device=positions.device, dtype=torch.float32) / config.rotary
-    angles = positions[..., None].float() * config.rope_theta**-exponents
+    """cos and sin of position x frequency (Su et al. 2021, eq. 15): [T] or [B, T] -> 2 x [.., T, 1, R/2]."""
+    even = torch.arange(0, config.rotary, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None].float() * config.rope_theta ** -(even / config.rotary)
     return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each pair (i, i + R/2) of the first R dimensions by its angle; x [B, T, heads, D], computed in float32."""
+    """Rotate each pair (i, i + R/2) of the first R dimensions by its angle; x [B, T, heads, D], computed in
+    float32."""
     cos, sin = rope
     half = cos.shape[-1]
     a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
@@ -176,7 +177,9 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else MLP(config)
         self.recompute: Callable[..., Tensor] | None = None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bounds: Any = None, cache: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], bounds: Any = None, cache: Any = None
+    ) -> Tensor:
         if self.recompute is not None and torch.is_grad_enabled():
             return self.recompute(self.body, x, rope, bounds, cache)
         return self.body(x, rope, bounds, cache)
@@ -203,7 +206,8 @@ def assign(parameter: Tensor, value: Tensor) -> None:
 class Transformer(nn.Module):
     """Decoder-only language model: tokens [B, T] int64 -> logits [B, T, V].
 
-    Build under `torch.device("meta")` to get shapes without memory; otherwise weights are initialised from `seed`.
+    Build under `torch.device("meta")` to get shapes without memory; otherwise weights are initialised from
+    `seed`.
     """
 
     def __init__(self, config: Config, seed: int = 0) -> None:
@@ -220,9 +224,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Matrices N(0, init_std), those that write to the residual stream N(0, init_std / sqrt(2 layers)) (GPT-2,
-        section 2.3); norms 1; biases 0. Each tensor has its own generator, seeded by its name, so the values do
-        not depend on how many processes share the model or on which layers exist beside it."""
+        """Matrices N(0, init_std), those that write to the residual stream N(0, init_std / sqrt(2 layers))
+        (GPT-2, section 2.3); norms 1; biases 0. Each tensor has its own generator, seeded by its name, so the
+        values do not depend on how many processes share the model or on which layers exist beside it."""
         for name, parameter in self.named_parameters():
             value = torch.zeros(parameter.shape) if name.endswith("bias") else torch.ones(parameter.shape)
             if parameter.ndim > 1:
@@ -242,8 +246,8 @@ class Transformer(nn.Module):
         """Normalised output of the last layer, [B, T, dim].
 
         `bounds` (kernels.make_bounds) restricts who sees whom and then must include the sliding window;
-        `positions` [T] or [B, T] default to 0..T-1; `cache` replaces attention over the sequence itself by attention
-        over what it holds (core.generate); `embeddings` [B, T, dim] replace tokens (pictures).
+        `positions` [T] or [B, T] default to 0..T-1; `cache` replaces attention over the sequence itself by
+        attention over what it holds (core.generate); `embeddings` [B, T, dim] replace tokens (pictures).
         """
         x = self.embed(tokens) if embeddings is None else embeddings
         length = x.shape[1]
@@ -256,8 +260,11 @@ class Transformer(nn.Module):
             x = layer(x, rope, bounds, cache)
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, bounds: Any = None, positions: Tensor | None = None, **inputs: Any) -> Tensor:
-        """tokens [B, T] -> logits [B, T, V]. Further `inputs`, here and below, go to `hidden_states` (pictures)."""
+    def forward(
+        self, tokens: Tensor, bounds: Any = None, positions: Tensor | None = None, **inputs: Any
+    ) -> Tensor:
+        """tokens [B, T] -> logits [B, T, V]. Further `inputs`, here and below, go to `hidden_states`
+        (pictures)."""
         return self.head(self.hidden_states(tokens, bounds, positions, **inputs))
 
     def loss(
@@ -286,7 +293,8 @@ class Transformer(nn.Module):
         temperature: float = 1.0,
         **inputs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """log p(target) under softmax(logits / temperature), and that distribution's entropy: 2 x [B, T] float32.
+        """log p(target) under softmax(logits / temperature), and that distribution's entropy: 2 x [B, T]
+        float32.
 
         Ignored targets (-100) give 0 in both. Same memory promise as `loss`.
         """
@@ -302,7 +310,8 @@ def num_parameters(config: Config) -> int:
 
 
 def flops_per_token(config: Config, seq_len: int) -> int:
-    """Training FLOPs of one token: 6 x matrix weights + 12 x layers x heads x head_dim x seq_len (PaLM, appendix B).
+    """Training FLOPs of one token: 6 x matrix weights + 12 x layers x heads x head_dim x seq_len (PaLM,
+    appendix B).
 
     Counts attention as if every query saw the whole sequence (or its window), and no recomputation.
     """
@@ -472,11 +481,15 @@ class VisionEncoder(nn.Module):
         config = self.config
         wanted = config.depth + 1 + layer
         if not 0 < wanted <= len(self.blocks):
-            raise ValueError(f"layer {layer} of {config.depth} is not built: VisionEncoder(..., upto={layer})")
+            raise ValueError(
+                f"layer {layer} of {config.depth} is not built: VisionEncoder(..., upto={layer})"
+            )
         x = self.patch_embed(pixels) + self.pos_embed
         prefix = [self.cls_token] if config.class_token else []
         prefix += [self.reg_token] if config.registers else []
-        x = torch.cat([token.expand(len(x), -1, -1) for token in prefix] + [x], dim=1)  # [B, prefix + patches, dim]
+        x = torch.cat(
+            [token.expand(len(x), -1, -1) for token in prefix] + [x], dim=1
+        )  # [B, prefix + patches, dim]
         for block in self.blocks[:wanted]:
             x = block(x)
         return (self.norm(x) if layer == -1 else x)[:, config.prefix :]
@@ -519,7 +532,7 @@ class VisionTower(nn.Module):
 class Projector(nn.Module):
     """Visual features -> embeddings of the language model: Prismatic's `fused-gelu-mlp`, three linear layers.
 
-    For Moxin 2176 -> 8704 -> 4096 -> 4096: 71,385,600 parameters. (Prismatic's paper says two, its code three.)
+    For Moxin 2176 -> 8704 -> 4096 -> 4096: 71,385,600 parameters. (Prismatic's paper says 2, its code 3.)
     """
 
     def __init__(self, vision_dim: int, dim: int) -> None:
@@ -582,7 +595,8 @@ class VLM(Transformer):
         embeddings: Tensor | None = None,
         features: Tensor | None = None,
     ) -> Tensor:
-        """As Transformer's; `features` [pictures, patches, vision_dim] of the VisionTower go where tokens say.
+        """As Transformer's; `features` [pictures, patches, vision_dim] of the VisionTower go where tokens
+        say.
 
         With a cache and no features the tokens continue a sequence, and all of them are text.
         """

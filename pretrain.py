@@ -2,9 +2,10 @@
 
     loss = - sum_t log p(x_t | x_<t) / N,      N = predicted tokens of the whole step, over all processes
 
-Moxin-7B (arXiv 2412.06845, section 3): 2 T tokens of text and code in three phases, context 2k, then 4k, then
-"capability enhancement"; AdamW, cosine to a tenth. MOSS-16B: English, Chinese and code (360 B, 100 B, 220 B tokens)
-on a GPT-2 vocabulary extended by Chinese merges. What each paper leaves open stands beside the preset that fills it.
+Moxin-7B (arXiv 2412.06845, section 3): 2 T tokens of text and code in three phases, context 2k, then 4k,
+then "capability enhancement"; AdamW, cosine to a tenth. MOSS-16B: English, Chinese and code (360 B, 100 B,
+220 B tokens) on a GPT-2 vocabulary extended by Chinese merges. What each paper leaves open stands beside the
+preset that fills it.
 
     python pretrain.py                                  tiny model, embedded corpus, a laptop
     torchrun --nproc_per_node=8 pretrain.py             small model, one node
@@ -12,7 +13,7 @@ on a GPT-2 vocabulary extended by Chinese merges. What each paper leaves open st
 """
 
 import math
-import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -26,7 +27,7 @@ from core.generate import generate
 from core.optimizer import learning_rate, make_adamw, make_muon, set_learning_rate
 from core.parallel import clip_grad_norm, materialize, parallelize, unsharded
 from core.resume import Checkpointer
-from core.run import Run, SpikeGuard, mfu, peak_memory_bytes
+from core.run import Run, Speedometer, SpikeGuard, due
 from data.text import Batch, Corpus, HubUnreachable, PackedBatches, parse_source, prepare, val_batches
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels import Bounds, make_bounds
@@ -40,9 +41,7 @@ EMBEDDED = ("python-code:5", "python-docs:3", "drills:2")
 @dataclass(kw_only=True)
 class Config(RunConfig):
     data: tuple[str, ...] = EMBEDDED  # sources as NAME_OR_PATH[:weight] (docs/recipes.md)
-    phases: tuple[
-        str, ...
-    ] = ()  # STEPS@SEQ_LEN[@DATA+DATA...] one after the other; tokens in a step stay equal
+    phases: tuple[str, ...] = ()  # STEPS@SEQ_LEN[@DATA+DATA...] in turn; tokens in a step stay equal
     tokenizer: str = ""  # folder or file; empty = that of --init_from, else one trained on the data
     model: str = "tiny"  # shape, one of model.PRESETS
     layers: int = 0  # 0 = the shape's own, here and below
@@ -57,94 +56,50 @@ class Config(RunConfig):
     z_loss: float = 0.0  # weight of log^2 Z, keeps logits from drifting (PaLM, section 5); 1e-4 is usual
     document_mask: bool = True  # no attention between packed documents
     val_data: tuple[str, ...] = ()  # validate on these sources instead of on a held-out part of --data
-    decontaminate: tuple[
-        str, ...
-    ] = ()  # evaluation files; documents that share 13 words in a row with them are dropped
+    decontaminate: tuple[str, ...] = ()  # drop documents sharing 13 words in a row with these files
     skip_bad: bool = False  # count unreadable lines and files instead of stopping
-    max_tokens: int = (
-        0  # tokens prepared of each source; 0 = all of local ones, what the run reads of hub ones
-    )
+    max_tokens: int = 0  # prepared of each source; 0 = all of local ones, what the run reads of hub ones
     val_tokens: int = 16_384  # validation tokens of each source
     prompts: tuple[str, ...] = ("def ", "The ", "今天")  # continued at each validation
 
 
+# fmt: off
 PRESETS = {
     "tiny": dict(
-        model="tiny",
-        steps=300,
-        seq_len=256,
-        batch_size=16,
-        micro_batch_size=16,
-        lr=2e-3,
-        min_lr=2e-4,
-        warmup_steps=20,
-        eval_every=100,
-        save_every=100,
+        model="tiny", steps=300, seq_len=256, batch_size=16, micro_batch_size=16,
+        lr=2e-3, min_lr=2e-4, warmup_steps=20, eval_every=100, save_every=100,
     ),
-    # About 1 B tokens of English, Chinese and code: half a day's work for one GPU, an hour for eight.
+    # About 1 B tokens of English, Chinese and code.
     "small": dict(
-        model="small",
-        data=(
-            "hub/allenai/c4/en/c4-train.*.json.gz:5",
-            "hub/allenai/c4/multilingual/c4-zh.tfrecord-*.json.gz:2",
-            "hub/codeparrot/codeparrot-clean:3",
-        ),
-        steps=2000,
-        seq_len=2048,
-        batch_size=256,
-        micro_batch_size=8,
-        lr=6e-4,
-        min_lr=6e-5,
-        warmup_steps=100,
-        eval_every=250,
-        save_every=250,
-        val_tokens=262_144,
-        compile=True,
+        model="small", steps=2000, seq_len=2048, batch_size=256, micro_batch_size=8, compile=True,
+        data=("hub/allenai/c4/en/c4-train.*.json.gz:5",
+              "hub/allenai/c4/multilingual/c4-zh.tfrecord-*.json.gz:2",
+              "hub/codeparrot/codeparrot-clean:3"),
+        lr=6e-4, min_lr=6e-5, warmup_steps=100, eval_every=250, save_every=250, val_tokens=262_144,
     ),
-    # Published: AdamW 0.9/0.95, weight decay 0.1, cosine to 10 %, context 2k then 4k, SlimPajama + DCLM + the-stack,
-    # peak learning rate 2e-6, which fits a model continued from pretrained weights. Not published: batch, warm-up,
-    # tokens of each phase, mixture weights. Ours: 4 M tokens a step, 2,000 warm-up steps, 4 : 1 : 0.2 of 2 T tokens.
+    # Published: AdamW 0.9/0.95, weight decay 0.1, cosine to 10 %, context 2k then 4k, SlimPajama + DCLM +
+    # the-stack, peak learning rate 2e-6, which fits a model continued from pretrained weights. Not published:
+    # batch, warm-up, tokens of each phase, mixture weights. Ours: 4 M tokens a step, 2,000 warm-up steps,
+    # 80 : 20 : 4 of 2 T tokens; the third phase's data are yours to name (STEPS@4096@DATA).
     "moxin-7b": dict(
-        model="moxin-7b",
-        data=(
-            "hub/cerebras/SlimPajama-627B:5",
-            "hub/mlfoundations/dclm-baseline-1.0:4",
-            "hub/bigcode/the-stack-dedup:1",
-        ),
+        model="moxin-7b", steps=478_400, seq_len=2048, batch_size=2048, micro_batch_size=4,
         phases=("368000@2048", "92000@4096", "18400@4096"),
-        steps=478_400,
-        seq_len=2048,
-        batch_size=2048,
-        micro_batch_size=4,
-        lr=2e-6,
-        min_lr=2e-7,
-        warmup_steps=2000,
-        checkpointing="selective",
-        compile=True,
-        eval_every=1000,
-        save_every=1000,
-        val_tokens=1_048_576,
+        data=("hub/cerebras/SlimPajama-627B:5", "hub/mlfoundations/dclm-baseline-1.0:4",
+              "hub/bigcode/the-stack-dedup:1"),
+        lr=2e-6, min_lr=2e-7, warmup_steps=2000, checkpointing="selective", compile=True,
+        eval_every=1000, save_every=1000, val_tokens=1_048_576,
     ),
-    # Published: continued from CodeGen-16B on 100 B Chinese + 20 B English tokens (680 B in all), context 2048.
-    # MOSS's own optimiser settings are not published; CodeGen-16B's (arXiv 2203.13474, table 6): 2 M tokens a step,
-    # 3,000 warm-up steps, weight decay 0.1, peak 0.5e-4.
+    # Published: continued from CodeGen-16B on 100 B Chinese + 20 B English tokens, context 2048. MOSS's own
+    # optimiser settings are not published; these follow CodeGen (arXiv 2203.13474): 2 M tokens a step, 3,000
+    # warm-up steps, weight decay 0.1, peak 0.5e-4.
     "moss-16b": dict(
-        model="moss-16b",
+        model="moss-16b", steps=60_000, seq_len=2048, batch_size=1024, micro_batch_size=2,
         data=("hub/Skywork/SkyPile-150B:5", "hub/allenai/c4/en/c4-train.*.json.gz:1"),
-        steps=60_000,
-        seq_len=2048,
-        batch_size=1024,
-        micro_batch_size=2,
-        lr=5e-5,
-        min_lr=5e-6,
-        warmup_steps=3000,
-        checkpointing="full",
-        compile=True,
-        eval_every=1000,
-        save_every=1000,
-        val_tokens=1_048_576,
+        lr=5e-5, min_lr=5e-6, warmup_steps=3000, checkpointing="full", compile=True,
+        eval_every=1000, save_every=1000, val_tokens=1_048_576,
     ),
 }
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -339,53 +294,47 @@ def main() -> None:
 
     flops = flops_per_token(model.config, config.seq_len)
     run.say(f"{num_parameters(model.config):,} parameters, {flops:,} FLOPs a token, {config.steps} steps")
-    run.progress(config.steps, run.start_step)
-    clock, clock_tokens, data_seconds = time.monotonic(), 0, 0.0
+    run.progress(config.steps)
+    speed = Speedometer(run, flops)
     step = run.start_step
     while step < config.steps:
         now, phase = [(i, p) for i, p in enumerate(phases) if p.first <= step][-1]
-        fetching = time.monotonic()
-        batch = batches[now].batch(step - phase.first, run.rows(phase.rows)).to(run.device)
-        data_seconds += time.monotonic() - fetching
+        with speed.waiting():
+            batch = batches[now].batch(step - phase.first, run.rows(phase.rows)).to(run.device)
         (counted,) = run.sum((batch.targets >= 0).sum())
 
-        # One optimizer step: gradients of the summed loss / N, accumulated over micro-batches.
+        # One optimizer step: the gradient of the summed loss / N, accumulated over micro-batches.
         loss_sum = torch.zeros((), device=run.device)
         for micro in batch.split(max(1, config.micro_batch_size * config.seq_len // phase.seq_len)):
-            loss, _ = model.loss(
-                micro.tokens, micro.targets, bounds_of(micro, model, config), micro.positions, config.z_loss
-            )
-            (loss / counted).backward()
-            loss_sum += loss.detach()
+            bounds = bounds_of(micro, model, config)
+            nats, _ = model.loss(micro.tokens, micro.targets, bounds, micro.positions, config.z_loss)
+            (nats / counted).backward()
+            loss_sum += nats.detach()
+        loss = run.sum(loss_sum)[0] / counted
         grad_norm = clip_grad_norm(model, config.grad_clip)
         lr = learning_rate(config, step)
         set_learning_rate(optimizer, lr)
-        loss = run.sum(loss_sum)[0] / counted
         if guard.accepts(loss, grad_norm):
             optimizer.step()
         optimizer.zero_grad()
-        step += 1
 
-        clock_tokens += phase.rows * phase.seq_len
-        stopping = run.should_stop()
-        if step % config.log_every == 0 or step == config.steps:
-            seconds = time.monotonic() - clock
-            speed = clock_tokens / seconds
+        step += 1
+        speed.add(config.batch_size * config.seq_len)
+        stopping, last = run.should_stop(), step == config.steps
+        if step % config.log_every == 0 or last:
+            tokens = step * config.batch_size * config.seq_len
             values = {
                 "loss": loss,
                 "lr": lr,
                 "grad_norm": grad_norm,
-                "tokens": step * config.batch_size * config.seq_len,
+                "tokens": tokens,
+                "skipped": guard.skipped,
             }
-            values |= {"tokens_per_second": speed, "peak_memory_bytes": peak_memory_bytes(run.device)}
-            values |= {"data_seconds": data_seconds / seconds, "skipped": guard.skipped}
-            utilisation = mfu(speed * flops / run.world_size, run.device)
-            run.log(step, config.steps, **values, **({"mfu": utilisation} if utilisation else {}))
-            clock, clock_tokens, data_seconds = time.monotonic(), 0, 0.0
-        if config.eval_every and step % config.eval_every == 0 and step < config.steps and not stopping:
+            run.log(step, config.steps, **values, **speed.read())
+        if due(config.eval_every, step) and not (last or stopping):
             run.log(step, config.steps, **report(model, corpus, tokenizer, config, run))
-            clock, clock_tokens, data_seconds = time.monotonic(), 0, 0.0
-        if stopping or step == config.steps or config.save_every and step % config.save_every == 0:
+            speed.read()
+        if due(config.save_every, step) or last or stopping:
             checkpoints.save(step, guard=guard.state_dict(), before=before)
         if stopping:
             checkpoints.wait()
@@ -397,18 +346,15 @@ def main() -> None:
     run.log(step, config.steps, **after)
     checkpoints.wait()
     save_pretrained(model, run.folder / "model", tokenizer)
-    ledger = {}
+    ledger = Counter()
     for part, phase in zip(batches, phases, strict=True):
-        for name, tokens in part.ledger(phase.steps).items():
-            ledger[name] = ledger.get(name, 0) + tokens
-    summary = {"before": before, "after": after, "control": corpus.unigram_bits_per_byte(), "tokens": ledger}
-    run.finish(
-        {**summary, "skipped_steps": guard.skipped}, (("loss", "val_loss"), tuple(after)[1:], ("grad_norm",))
-    )
+        ledger.update(part.ledger(phase.steps))
+    summary = {"before": before, "after": after, "unigram_control": corpus.unigram_bits_per_byte()}
+    summary |= {"tokens": dict(ledger), "skipped_steps": guard.skipped}
+    run.finish(summary, (("loss", "val_loss"), tuple(after)[1:], ("grad_norm",)))
     run.say(f"done: {run.folder}/curves.png, {run.folder}/summary.json, model in {run.folder}/model")
-    run.say(
-        f"next: python chat.py --raw --model {run.folder}/model   or   python sft.py --init_from {run.folder}/model"
-    )
+    run.say(f"next: python chat.py --raw --model {run.folder}/model")
+    run.say(f"      python sft.py --init_from {run.folder}/model")
 
 
 def weights_of(data: tuple[str, ...]) -> dict[str, float]:

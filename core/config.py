@@ -1,8 +1,8 @@
 """A dataclass is the command line.
 
-Each stage declares its options as a dataclass, one commented field a line, and its presets as a dict. This file
-turns `--key value` arguments into an instance, prints `--help` from the same comments, and turns every mistake
-into one line that says what, where and how to mend it (exit code 2 for usage, 1 for failure).
+Each stage declares its options as a dataclass, one commented field a line, and its presets as a dict. This
+file turns `--key value` arguments into an instance, prints `--help` from the same comments, and turns every
+mistake into one line that says what, where and how to mend it (exit code 2 for usage, 1 for failure).
 """
 
 import dataclasses
@@ -84,7 +84,8 @@ class RunConfig:
 
 
 def comments_of(config_class: type) -> dict[str, str]:
-    """The trailing comment of each field, base classes included: the help text is written once, beside the field."""
+    """The trailing comment of each field, base classes included: the help text is written once, beside the
+    field."""
     found: dict[str, str] = {}
     for cls in reversed(config_class.__mro__):
         if not dataclasses.is_dataclass(cls):

@@ -1,4 +1,5 @@
-"""--dry_run: what a run will cost, from shapes alone. Arithmetic, not measurement; the formulas stand below."""
+"""--dry_run: what a run will cost, from shapes alone. Arithmetic, not measurement; the formulas stand
+below."""
 
 import dataclasses
 import os
@@ -12,10 +13,10 @@ GB = 1e9
 def memory_per_device(config: RunConfig, shape: Config, processes: int) -> dict[str, float]:
     """Bytes on each device under full sharding, by kind.
 
-    Weights, gradients and two AdamW moments are float32 and sharded (16 bytes a parameter / processes). Two gathered
-    layers and the root unit are whole, in the compute type. A layer stores about 6.5 dim + 3 ffn_dim values a token
-    for its backward, half of that with selective checkpointing, its input alone with full. The chunked loss holds
-    1,024 rows of float32 logits and their gradient.
+    Weights, gradients and two AdamW moments are float32 and sharded (16 bytes a parameter / processes). Two
+    gathered layers and the root unit are whole, in the compute type. A layer stores about 6.5 dim + 3 ffn_dim
+    values a token for its backward, half of that with selective checkpointing, its input alone with full. The
+    chunked loss holds 1,024 rows of float32 logits and their gradient.
     """
     parameters = num_parameters(shape)
     value = 4 if config.dtype == "float32" or config.device == "cpu" else 2

@@ -1,4 +1,5 @@
-"""AdamW and Muon with the right weight-decay groups, and learning-rate schedules computed from the step alone."""
+"""AdamW and Muon with the right weight-decay groups, and learning-rate schedules computed from the step
+alone."""
 
 import math
 
@@ -47,10 +48,12 @@ def make_muon(
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal (Jordan et al. 2024), scaled to AdamW's update size (Liu et al. 2025, section 2.2).
+    """Momentum, made orthogonal (Jordan et al. 2024), scaled to AdamW's update size (Liu et al. 2025, section
+    2.2).
 
     For a matrix W [m, n] with momentum M:  W <- W (1 - lr wd) - lr 0.2 sqrt(max(m, n)) NewtonSchulz(M).
-    Groups with muon=False get AdamW. Sharded matrices are gathered, since orthogonality needs the whole matrix.
+    Groups with muon=False get AdamW. Sharded matrices are gathered, since orthogonality needs the whole
+    matrix.
     """
 
     def __init__(
@@ -109,8 +112,8 @@ def newton_schulz(matrix: Tensor, iterations: int = 5) -> Tensor:
 def learning_rate(config: RunConfig, step: int) -> float:
     """Learning rate of optimizer step `step` (0-based) of config.steps: linear warm-up, then the schedule.
 
-    cosine: half a period down to min_lr. linear: straight down. wsd: constant, then linear down over the last fifth
-    (warm-up, stable, decay; Hu et al. 2024). constant: lr.
+    cosine: half a period down to min_lr. linear: straight down. wsd: constant, then linear down over the last
+    fifth (warm-up, stable, decay; Hu et al. 2024). constant: lr.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

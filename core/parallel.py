@@ -1,8 +1,8 @@
 """One model over many processes: FSDP2 sharding, precision, activation checkpointing, compile, clipping.
 
 Each decoder layer is a sharding unit: its weights are gathered before it runs and freed after, gradients are
-reduce-scattered to their owners (ZeRO stage 3, Rajbhandari et al. 2020). Embedding, final norm and head form the
-root unit, because the chunked loss reads the head's weight outside the head's own forward.
+reduce-scattered to their owners (ZeRO stage 3, Rajbhandari et al. 2020). Embedding, final norm and head form
+the root unit, because the chunked loss reads the head's weight outside the head's own forward.
 """
 
 import contextlib
@@ -26,7 +26,8 @@ from model import Transformer
 def parallelize(model: Transformer, run: Run) -> Transformer:
     """Apply activation checkpointing, compile and sharding as the run's configuration asks, in place.
 
-    The model may be on the meta device; `materialize` then gives it memory. One process in float32 is left unsharded.
+    The model may be on the meta device; `materialize` then gives it memory. One process in float32 is left
+    unsharded.
     """
     config = run.config
     for layer in model.layers:
@@ -39,8 +40,9 @@ def parallelize(model: Transformer, run: Run) -> Transformer:
 
 
 def shard(model: nn.Module, units: list[nn.Module], run: Run, methods: tuple[str, ...]) -> None:
-    """fully_shard each unit, then the root. `methods` are entry points besides forward that need the root gathered;
-    none may call another of them or forward, since the inner one would free the root's weights under the outer."""
+    """fully_shard each unit, then the root. `methods` are entry points besides forward that need the root
+    gathered; none may call another of them or forward, since the inner one would free the root's weights
+    under the outer."""
     mesh = device_mesh(run)
     precision = MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32)
     for module in [*units, model]:
@@ -55,7 +57,8 @@ def shard(model: nn.Module, units: list[nn.Module], run: Run, methods: tuple[str
 
 
 def device_mesh(run: Run) -> dist.DeviceMesh:
-    """All processes in one sharding group; over several nodes, copies between nodes and shards inside (HSDP)."""
+    """All processes in one sharding group; over several nodes, copies between nodes and shards inside
+    (HSDP)."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size))
     if local == run.world_size:
         return init_device_mesh(run.device.type, (run.world_size,), mesh_dim_names=("shard",))
@@ -65,7 +68,8 @@ def device_mesh(run: Run) -> dist.DeviceMesh:
 
 
 def materialize(model: Transformer, run: Run) -> Transformer:
-    """Give a meta-device model memory on the run's device; its values are then undefined until initialised or loaded."""
+    """Give a meta-device model memory on the run's device; its values are then undefined until initialised or
+    loaded."""
     model.to_empty(device=run.device)
     if model.config.tied:
         model.head.weight = model.embed.weight
@@ -74,8 +78,8 @@ def materialize(model: Transformer, run: Run) -> Transformer:
 
 @contextlib.contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Inside, every process holds the whole weights, so that generating needs no communication and processes may do
-    unequal work. Costs one full copy of the weights in the compute type."""
+    """Inside, every process holds the whole weights, so that generating needs no communication and processes
+    may do unequal work. Costs one full copy of the weights in the compute type."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)

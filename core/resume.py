@@ -1,10 +1,12 @@
 """Checkpoints to resume from: sharded, asynchronous, complete or absent, readable by any number of processes.
 
-checkpoints/step_000123/ holds what torch.distributed.checkpoint wrote (model and optimizer) and state.json: the step,
-the stage's own counters, what the run must be identical in to go on, and the size and CRC of every file. It is
-written under a hidden name and renamed when complete, so a kill at any instant leaves the one before.
+checkpoints/step_000123/ holds what torch.distributed.checkpoint wrote (model and optimizer) and state.json:
+the step, the stage's own counters, what the run must be identical in to go on, and the size and CRC of every
+file. It is written under a hidden name and renamed when complete, so a kill at any instant leaves the one
+before.
 
-No random state is stored: every draw in this project has a generator seeded by (seed, step, ...), so the step says all.
+No random state is stored: every draw in this project has a generator seeded by (seed, step, ...), so the step
+says all.
 """
 
 import json
@@ -28,8 +30,8 @@ from core.run import Run, write_json
 class Checkpointer:
     """Saves and restores one run's model and optimizer. All methods are collective.
 
-    `identity` is what must be equal for the loss curve to continue (model shape, data fingerprint, seed, batch ...);
-    a checkpoint that differs is refused with the name of the first difference.
+    `identity` is what must be equal for the loss curve to continue (model shape, data fingerprint, seed,
+    batch ...); a checkpoint that differs is refused with the name of the first difference.
     """
 
     def __init__(
@@ -45,7 +47,8 @@ class Checkpointer:
         self.error: Exception | None = None
 
     def save(self, step: int, **counters: Any) -> None:
-        """Start writing step_{step}; training may go on at once. Raises UserError if the save before this failed."""
+        """Start writing step_{step}; training may go on at once. Raises UserError if the save before this
+        failed."""
         self.wait()
         target = self.folder / f"step_{step:06d}"
         if target.exists():
@@ -103,7 +106,8 @@ class Checkpointer:
         )
 
     def load(self) -> dict[str, Any]:
-        """Restore the newest checkpoint that is whole; returns its state.json. Damaged ones are named and skipped."""
+        """Restore the newest checkpoint that is whole; returns its state.json. Damaged ones are named and
+        skipped."""
         for folder in reversed(complete(self.folder)):
             damage = self._from_main(check(folder) if self.run.main else None)
             if damage:
@@ -131,10 +135,8 @@ class Checkpointer:
     def _same_identity(self, folder: Path, saved: dict[str, Any]) -> None:
         for name in sorted(saved.keys() | self.identity.keys()):
             if saved.get(name) != self.identity.get(name):
-                raise UserError(
-                    f"{folder} was made with {name} = {saved.get(name)}, this run has {self.identity.get(name)}; "
-                    "resume with the same value or start a new --out"
-                )
+                both = f"{name} = {saved.get(name)}, this run has {self.identity.get(name)}"
+                raise UserError(f"{folder} was made with {both}; resume with the same or start a new --out")
 
     def _from_main(self, value: Any) -> Any:
         """The main process's value, on every process."""

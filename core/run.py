@@ -1,9 +1,12 @@
-"""What every run needs that is not about its algorithm: processes, device, seeds, run folder, signals, metrics, curves.
+"""What every run needs that is not about its algorithm: processes, device, seeds, run folder, signals,
+metrics, curves.
 
-A run folder holds config.json (resolved configuration and versions), metrics.jsonl (one object a logged step),
-checkpoints/ (core.resume), summary.json (what was measured at the end), curves.png and model/ (the result).
+A run folder holds config.json (resolved configuration and versions), metrics.jsonl (one object a logged
+step), checkpoints/ (core.resume), summary.json (what was measured at the end), curves.png and model/ (the
+result).
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +157,10 @@ class Run:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def progress(self, steps: int, start: int) -> None:
+    def progress(self, steps: int) -> None:
         """Show a bar on a terminal; elsewhere `log` prints plain lines."""
         if self.main and sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=steps, initial=self.start_step, unit="step", dynamic_ncols=True)
 
     def log(self, step: int, steps: int, **values: float) -> None:
         """Append {"step": step, ...} to metrics.jsonl and show it. A no-op outside the main process."""
@@ -175,7 +179,8 @@ class Run:
             self.say(f"step {step}/{steps} {shown}")
 
     def metrics_bytes(self) -> int:
-        """Length of metrics.jsonl, kept in each checkpoint so that a resumed run cuts off what came after it."""
+        """Length of metrics.jsonl, kept in each checkpoint so that a resumed run cuts off what came after
+        it."""
         return (self.folder / "metrics.jsonl").stat().st_size if self.main else 0
 
     def cut_metrics(self, length: int) -> None:
@@ -233,11 +238,46 @@ def mfu(flops_per_second: float, device: torch.device) -> float | None:
     return flops_per_second / peak if peak else None
 
 
-class SpikeGuard:
-    """Rejects a step whose loss or gradient norm is not finite, or beyond mean + 6 sigma of the last 128 steps.
+class Speedometer:
+    """Tokens a second, share of time spent waiting for data, MFU and peak memory since it was last read."""
 
-    The decision uses values that are equal on all processes. Its memory goes into the checkpoint. A run whose steps
-    are rejected `patience` times in a row is broken: UserError.
+    def __init__(self, run: Run, flops_per_token: float) -> None:
+        self.run, self.flops_per_token = run, flops_per_token
+        self._reset()
+
+    def _reset(self) -> None:
+        self.started, self.tokens, self.waited = time.monotonic(), 0, 0.0
+
+    def add(self, tokens: int) -> None:
+        self.tokens += tokens
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.waited += time.monotonic() - begun
+
+    def read(self) -> dict[str, float]:
+        seconds = time.monotonic() - self.started
+        speed = self.tokens / seconds
+        utilisation = mfu(speed * self.flops_per_token / self.run.world_size, self.run.device)
+        values = {"tokens_per_second": speed, "data_share": self.waited / seconds}
+        values |= {"peak_memory_bytes": peak_memory_bytes(self.run.device)}
+        self._reset()
+        return values | ({} if utilisation is None else {"mfu": utilisation})
+
+
+def due(every: int, step: int) -> bool:
+    """Every so many steps; never where that is 0."""
+    return every > 0 and step % every == 0
+
+
+class SpikeGuard:
+    """Rejects a step whose loss or gradient norm is not finite, or beyond mean + 6 sigma of the last 128
+    steps.
+
+    The decision uses values that are equal on all processes. Its memory goes into the checkpoint. A run whose
+    steps are rejected `patience` times in a row is broken: UserError.
     """
 
     def __init__(self, window: int = 128, sigmas: float = 6.0, patience: int = 20) -> None:

@@ -1,8 +1,9 @@
 """A new model out of a smaller one: more layers, or more vocabulary.
 
 Moxin-7B has Mistral-7B's shape but 36 layers instead of 32 and was very likely started from it (the released
-pretraining script loads an "expanded model"; which layers were copied is not published). MOSS appended some 55,800
-merges, mostly Chinese, to GPT-2's vocabulary; how the new rows were initialised is not published either.
+pretraining script loads an "expanded model"; which layers were copied is not published). MOSS appended some
+55,800 merges, mostly Chinese, to GPT-2's vocabulary; how the new rows were initialised is not published
+either.
 """
 
 import math
@@ -24,8 +25,9 @@ def source_layers(old: int, new: int) -> list[int]:
 
 @torch.no_grad()
 def expand_depth(model: Transformer, layers: int, identity: bool = False) -> Transformer:
-    """A deeper copy of `model` (depth up-scaling). With `identity`, added layers write nothing to the residual
-    stream at first (LLaMA Pro, Wu et al. 2024), so the deeper model computes the same function until it is trained.
+    """A deeper copy of `model` (depth up-scaling). With `identity`, added layers write nothing to the
+    residual stream at first (LLaMA Pro, Wu et al. 2024), so the deeper model computes the same function until
+    it is trained.
     """
     old = model.config.layers
     if layers <= old:
@@ -47,10 +49,10 @@ def expand_depth(model: Transformer, layers: int, identity: bool = False) -> Tra
 def extend_vocabulary(model: Transformer, pieces: Sequence[Sequence[int]], sample: Tensor) -> Transformer:
     """Append one row per entry of `pieces`, the old ids that spelled the new token; old rows are unchanged.
 
-    Embedding: the mean of its pieces' rows. Head: a new token must not take probability from old text before it is
-    trained, so all new rows share the w that solves, by least squares over the hidden states of `sample`
-    [B, T] (old text),  w . h = log Z(h) - log(new rows) - 18:  together they hold about e^-18 of the probability.
-    A model with a head bias needs no such search: its new rows are zero and their bias low.
+    Embedding: the mean of its pieces' rows. Head: a new token must not take probability from old text before
+    it is trained, so all new rows share the w that solves, by least squares over the hidden states of
+    `sample` [B, T] (old text),  w . h = log Z(h) - log(new rows) - 18:  together they hold about e^-18 of the
+    probability. A model with a head bias needs no such search: its new rows are zero and their bias low.
     """
     config, added = model.config, len(pieces)
     wider = Transformer(replace(config, vocab_size=config.vocab_size + added)).to(model.embed.weight.device)

@@ -1,4 +1,5 @@
-"""Shared by all tests: one thread, no network, slow tests off by default, and the optional folder of real data."""
+"""Shared by all tests: one thread, no network, slow tests off by default, and the optional folder of real
+data."""
 
 import os
 import signal
@@ -34,25 +35,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real data kept outside the project (NANOMOXIN_DATA or ../shared/data); skips without it."""
+    """The folder of real data kept outside the project (NANOMOXIN_DATA or ../shared/data); skips without
+    it."""
     folder = Path(os.environ.get("NANOMOXIN_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set NANOMOXIN_DATA")
     return folder
 
 
-def run_processes(work: Callable[..., Any], processes: int, folder: Path, *arguments: Any, **keywords: Any) -> list:
+def run_processes(
+    work: Callable[..., Any], processes: int, folder: Path, *arguments: Any, **keywords: Any
+) -> list:
     """`work(*arguments, **keywords)` in that many gloo processes; what it returns, by rank.
 
-    `work` must be a module-level function. Processes come from a server that has imported torch once and run no
-    thread, so a start takes a fraction of a second. Raises with the traceback of the first process that fails.
+    `work` must be a module-level function. Processes come from a server that has imported torch once and run
+    no thread, so a start takes a fraction of a second. Raises with the traceback of the first process that
+    fails.
     """
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "core.resume", "core.parallel", "data.text"])
     results = context.Queue()
     store = str(folder / f"store-{uuid.uuid4().hex}")
     workers = [
-        context.Process(target=_process, args=(rank, processes, store, results, work, arguments, keywords), daemon=True)
+        context.Process(
+            target=_process, args=(rank, processes, store, results, work, arguments, keywords), daemon=True
+        )
         for rank in range(processes)
     ]
     for worker in workers:
@@ -76,7 +83,9 @@ def _process(
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(store, processes), rank=rank, world_size=processes)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, processes), rank=rank, world_size=processes
+        )
         results.put((rank, work(*arguments, **keywords), ""))
     except BaseException:  # whatever it was, the parent must hear of it rather than wait
         results.put((rank, None, traceback.format_exc()))

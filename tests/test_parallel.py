@@ -1,4 +1,5 @@
-"""FSDP2, accumulation, activation checkpointing and compile all compute the same step; checkpoints cross world sizes."""
+"""FSDP2, accumulation, activation checkpointing and compile all compute the same step; checkpoints cross
+world sizes."""
 
 import dataclasses
 import json
@@ -86,7 +87,9 @@ def test_one_process_variants_compute_the_same(options: dict, single: dict, tmp_
     close(train(str(tmp_path), **options), single, 1e-6)
 
 
-@pytest.mark.parametrize("options", [{"micro": 2}, {"micro": 4, "checkpointing": "full"}], ids=["plain", "full"])
+@pytest.mark.parametrize(
+    "options", [{"micro": 2}, {"micro": 4, "checkpointing": "full"}], ids=["plain", "full"]
+)
 def test_two_processes_equal_one(options: dict, single: dict, tmp_path: Path) -> None:
     first, second = run_processes(train, 2, tmp_path, str(tmp_path / "run"), **options)
     close(first, single, 1e-6)
@@ -106,7 +109,9 @@ def test_bfloat16_on_two_processes_stays_near_float32(single: dict, tmp_path: Pa
     assert 0 < difference < 2e-2
 
 
-def test_hybrid_sharding_over_two_nodes_of_two(single: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hybrid_sharding_over_two_nodes_of_two(
+    single: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     results = run_processes(train, 4, tmp_path, str(tmp_path / "run"), micro=2)
     close(results[3], single, 1e-6)
