@@ -1,0 +1,233 @@
+"""Problems whose answers can be checked: made on the spot, or read from files.
+
+A made task is a function of a random generator, so it has no end; what is held out is held out by key: the
+digits to sort, the numbers and target of a Countdown, the expression to compute. Equal keys are never on both
+sides. Files are JSON or JSONL with `problem` (or `question`) and `answer`, in the manner of DeepScaleR, GSM8K
+(the answer after `####`) and MATH (the answer in the last box of `solution`).
+"""
+
+import hashlib
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from core.config import UserError, nearest
+from core.rewards import REWARDS, last_boxed
+from core.tools import run_commands
+from data.readers import Message, records
+
+HELD_OUT = 0.1  # share of keys that training never sees
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with a checkable answer. `demonstration` is an assistant message that solves it."""
+
+    prompt: str
+    answer: str
+    task: str = "math"  # its reward in core.rewards.REWARDS
+    demonstration: Message = field(default_factory=dict)
+
+    @property
+    def held_out(self) -> bool:
+        """A fixed tenth of all problems, by what is asked, not by when or in which file."""
+        digest = hashlib.sha256(self.key.encode()).digest()
+        return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
+
+    @property
+    def key(self) -> str:
+        """What must not be on both sides of the split; the order of Countdown's numbers does not matter."""
+        if self.task == "countdown":
+            numbers, _, target = self.answer.partition("=")
+            return f"{' '.join(sorted(numbers.split()))} = {target.strip()}"
+        return self.prompt
+
+
+# Made tasks
+
+
+def sorting(rng: random.Random, length: int = 8) -> Problem:
+    """'sort 73915240' -> '01234579'."""
+    digits = "".join(rng.choices("0123456789", k=length))
+    ordered = "".join(sorted(digits))
+    return Problem(f"sort {digits}", ordered, "sorting", {"content": ordered})
+
+
+def countdown(rng: random.Random, count: int = 3) -> Problem:
+    """'make 22 from 3 5 7' -> an expression over exactly these numbers, '3*5+7'."""
+    while True:
+        numbers = [rng.randint(1, 20) for _ in range(count)]
+        expression, value = str(numbers[0]), Fraction(numbers[0])
+        for number in numbers[1:]:
+            sign = rng.choice("+-*/")
+            wrapped = f"({expression})" if sign in "*/" and not expression.isdigit() else expression
+            expression = f"{wrapped}{sign}{number}"
+            value = {"+": value + number, "-": value - number, "*": value * number, "/": value / number}[sign]
+        if value.denominator == 1 and 1 <= value <= 99:
+            break
+    shown = " ".join(map(str, rng.sample(numbers, count)))
+    answer = f"{shown} = {value}"
+    return Problem(f"make {value} from {shown}", answer, "countdown", {"content": expression})
+
+
+def arithmetic(rng: random.Random) -> Problem:
+    """'compute 38+45' -> '83': sums and differences of two numbers below 100."""
+    left, right, sign = rng.randint(0, 99), rng.randint(0, 99), rng.choice("+-")
+    value = str(left + right if sign == "+" else left - right)
+    return Problem(f"compute {left}{sign}{right}", value, "math", {"content": value})
+
+
+def steps(rng: random.Random, count: int = 6, thoughts: bool = True) -> Problem:
+    """'3 +4 *7 -6 ... last digit' -> '9', with each intermediate digit thought aloud.
+
+    One step is a table of a hundred entries; six in a row are more than a small model does at once.
+    """
+    value = rng.randint(0, 9)
+    words, lines = [str(value)], []
+    for _ in range(count):
+        sign, number = rng.choice("+-*"), rng.randint(1, 9)
+        result = {"+": value + number, "-": value - number, "*": value * number}[sign] % 10
+        words.append(f"{sign}{number}")
+        lines.append(f"{value}{sign}{number}={result}")
+        value = result
+    content = f"<think>{' '.join(lines)}</think>\\boxed{{{value}}}" if thoughts else f"\\boxed{{{value}}}"
+    return Problem(f"last digit: {' '.join(words)}", str(value), "math", {"content": content})
+
+
+def products(rng: random.Random) -> Problem:
+    """'compute 48273*917': beyond a small model, one call for the calculator. Needs the moss format."""
+    left, right = rng.randint(1000, 99_999), rng.randint(100, 9999)
+    value = str(left * right)
+    commands = f'Calculate("{left}*{right}")'
+    results = run_commands(commands, ["Calculate"]).text
+    message = {"commands": commands, "results": results, "content": value}
+    return Problem(f"compute {left}*{right}", value, "math", message)
+
+
+TASKS: dict[str, Callable[[random.Random], Problem]] = {
+    "sorting": sorting,
+    "countdown": countdown,
+    "arithmetic": arithmetic,
+    "steps": steps,
+    "steps-direct": lambda rng: steps(rng, thoughts=False),  # the answer alone, to compare with
+    "products": products,
+}
+
+
+def made(task: str) -> Iterator[Problem]:
+    """An endless stream of problems of a made task, the same every time."""
+    return (TASKS[task](random.Random(f"{task}/{number}")) for number in itertools.count())
+
+
+# Files
+
+
+def convert(record: dict[str, Any]) -> Problem:
+    """One record of a known schema. Raises ValueError or KeyError saying what is wrong."""
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, found {type(record).__name__}")
+    prompt = record["problem"] if "problem" in record else record["question"]
+    solution = str(record.get("solution") or "")
+    answer = str(record["answer"]) if "answer" in record else last_boxed(solution)
+    if answer is None:
+        raise ValueError("no `answer`, and no \\boxed{} in `solution`")
+    if "####" in answer:  # GSM8K: reasoning with <<calculator notes>>, then the answer
+        reasoning, _, answer = answer.partition("####")
+        solution = f"{re.sub('<<[^<>]*>>', '', reasoning).strip()}\n\\boxed{{{answer.strip()}}}"
+    if not isinstance(prompt, str) or not prompt.strip() or not answer.strip():
+        raise ValueError("an empty problem or answer")
+    task = record.get("task", "math")
+    if task not in REWARDS:
+        raise ValueError(f"no task {task!r}; one of {', '.join(REWARDS)}")
+    return Problem(prompt.strip(), answer.strip(), task, {"content": solution} if solution else {})
+
+
+def read_problems(path: Path, skip_bad: bool = False) -> tuple[list[Problem], list[str]]:
+    """All problems of a .jsonl or .json file or folder, and a remark "file:line: what" a bad record."""
+    problems, remarks = [], []
+    for place, record in records(path):
+        try:
+            problems.append(convert(json.loads(record) if isinstance(record, str) else record))
+        except (ValueError, KeyError, TypeError) as error:
+            what = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            if not skip_bad:
+                raise UserError(f"{place}: {what}; mend the record or pass --skip_bad") from None
+            remarks.append(f"{place}: {what}")
+    if not problems:
+        raise UserError(f"{path}: no usable problem in it")
+    return problems, remarks
+
+
+def fetch(word: str) -> Path:
+    """hub/OWNER/NAME/FILE -> a local copy of that file."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    parts = word.split("/", 3)
+    if len(parts) < 4:
+        raise UserError(f"--data {word}: expected hub/OWNER/NAME/FILE, for example "
+                        "hub/agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json")  # fmt: skip
+    try:
+        return Path(hf_hub_download("/".join(parts[1:3]), parts[3], repo_type="dataset"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--data {word}: cannot be fetched ({reason}); give a local path instead") from None
+
+
+# What a run draws from
+
+
+class Problems:
+    """The problems of a run, from one or more sources NAME_OR_PATH[:weight], each split by key."""
+
+    def __init__(self, sources: tuple[str, ...], seed: int, skip_bad: bool = False):
+        self.seed = seed
+        self.weights: dict[str, float] = {}
+        self.read: dict[str, list[Problem]] = {}  # of files; made tasks have no list
+        self.remarks: list[str] = []
+        for source in sources:
+            name, weight = source.rsplit(":", 1) if re.search(r":[\d.]+$", source) else (source, "1")
+            self.weights[name] = float(weight)
+            if name in TASKS:
+                continue
+            if not name.startswith("hub/") and not Path(name).exists():
+                known = ", ".join(TASKS)
+                raise UserError(f"--data {name}: neither a file nor a task ({known}){nearest(name, TASKS)}")
+            path = fetch(name) if name.startswith("hub/") else Path(name)
+            self.read[name], remarks = read_problems(path, skip_bad)
+            self.remarks += remarks
+        self.sizes = {name: sum(not p.held_out for p in pool) for name, pool in self.read.items()}
+        self.orders: dict[tuple[str, int], list[Problem]] = {}
+
+    def train(self, index: int) -> Problem:
+        """Training problem number `index` of the run's endless order: a function of the seed."""
+        rng = random.Random(f"{self.seed}/{index}")
+        name = rng.choices(list(self.weights), list(self.weights.values()))[0]
+        if name in TASKS:
+            return next(p for p in (TASKS[name](rng) for _ in itertools.count()) if not p.held_out)
+        size = self.sizes[name]
+        return self.order(name, index // size)[index % size]
+
+    def order(self, name: str, epoch: int) -> list[Problem]:
+        """A file's training problems in the order of one pass through it."""
+        if (name, epoch) not in self.orders:
+            self.orders = {key: order for key, order in self.orders.items() if key[0] != name}
+            side = [problem for problem in self.read[name] if not problem.held_out]
+            random.Random(f"{self.seed}/{name}/{epoch}").shuffle(side)
+            self.orders[name, epoch] = side
+        return self.orders[name, epoch]
+
+    def test(self, count: int) -> list[Problem]:
+        """`count` held-out problems (fewer if a file has fewer), the same in every run."""
+        share = -(-count // len(self.weights))
+        found: list[Problem] = []
+        for name in self.weights:
+            pool = self.read[name] if name in self.read else made(name)
+            found += itertools.islice((problem for problem in pool if problem.held_out), share)
+        return found[:count]
