@@ -120,7 +120,8 @@ def attention(
 def choose(q: Tensor) -> Impl:
     """The implementation that `auto` stands for: a matter of the device and the head dimension only."""
     kernels_run_here = INTERPRETED or q.is_cuda and HAS_TRITON
-    return "triton" if kernels_run_here and q.shape[-1] <= MAX_HEAD_DIM else "sdpa"
+    covered = q.shape[-1] <= MAX_HEAD_DIM and q.shape[-1] % 8 == 0
+    return "triton" if kernels_run_here and covered else "sdpa"
 
 
 def reference_attention(
