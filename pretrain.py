@@ -66,8 +66,8 @@ class Config(RunConfig):
 # fmt: off
 PRESETS = {
     "tiny": dict(
-        model="tiny", steps=300, seq_len=256, batch_size=16, micro_batch_size=16,
-        lr=2e-3, min_lr=2e-4, warmup_steps=20, eval_every=100, save_every=100,
+        model="tiny", steps=240, seq_len=256, batch_size=16, micro_batch_size=16,
+        lr=2e-3, min_lr=2e-4, warmup_steps=20, eval_every=80, save_every=80,
     ),
     # About 1 B tokens of English, Chinese and code.
     "small": dict(

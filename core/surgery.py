@@ -45,31 +45,49 @@ def expand_depth(model: Transformer, layers: int, identity: bool = False) -> Tra
     return deeper
 
 
-@torch.no_grad()
 def extend_vocabulary(model: Transformer, pieces: Sequence[Sequence[int]], sample: Tensor) -> Transformer:
     """Append one row per entry of `pieces`, the old ids that spelled the new token; old rows are unchanged.
 
     Embedding: the mean of its pieces' rows. Head: a new token must not take probability from old text before
-    it is trained, so all new rows share the w that solves, by least squares over the hidden states of
-    `sample` [B, T] (old text),  w . h = log Z(h) - log(new rows) - 18:  together they hold about e^-18 of the
-    probability. A model with a head bias needs no such search: its new rows are zero and their bias low.
+    it is trained, so all new rows begin as one quiet row (`quiet_row`), fitted on `sample` [B, T] of old
+    text. A model with a head bias needs no search: its new rows are 0 and their bias is low. A tied model has
+    no choice: its head is its embedding.
     """
     config, added = model.config, len(pieces)
     wider = Transformer(replace(config, vocab_size=config.vocab_size + added)).to(model.embed.weight.device)
-    wider.layers.load_state_dict(model.layers.state_dict())
-    wider.norm.load_state_dict(model.norm.state_dict())
-    means = torch.stack([model.embed.weight[list(ids)].mean(0) for ids in pieces])
-    wider.embed.weight.copy_(torch.cat((model.embed.weight, means)))
-    hidden = model.hidden_states(sample).flatten(0, 1).double()  # [N, dim]
-    quiet = torch.logsumexp(model.head.double()(hidden), dim=-1) - math.log(added) - 18
-    model.head.to(means.dtype)
-    if config.tied:
-        return wider
+    with torch.no_grad():
+        wider.layers.load_state_dict(model.layers.state_dict())
+        wider.norm.load_state_dict(model.norm.state_dict())
+        means = torch.stack([model.embed.weight[list(ids)].mean(0) for ids in pieces])
+        wider.embed.weight.copy_(torch.cat((model.embed.weight, means)))
+        if config.tied:
+            return wider
+        hidden = model.hidden_states(sample).flatten(0, 1)  # [N, dim]
+        ceiling = torch.logsumexp(model.head(hidden), dim=-1) - math.log(added)  # [N]
     if config.head_bias:
-        wider.head.weight.copy_(torch.cat((model.head.weight, torch.zeros_like(means))))
-        wider.head.bias.copy_(torch.cat((model.head.bias, quiet.min().expand(added))))
-        return wider
-    ridge = 1e-6 * hidden.square().sum() / hidden.shape[1] * torch.eye(hidden.shape[1], device=hidden.device)
-    row = torch.linalg.solve(hidden.T @ hidden + ridge, hidden.T @ quiet)
-    wider.head.weight.copy_(torch.cat((model.head.weight, row.to(means).expand(added, -1))))
+        row, bias = torch.zeros_like(means[0]), ceiling.min() - 20
+    else:
+        row, bias = quiet_row(hidden, ceiling), None
+    with torch.no_grad():
+        wider.head.weight.copy_(torch.cat((model.head.weight, row.to(means).expand(added, -1))))
+        if bias is not None:
+            wider.head.bias.copy_(torch.cat((model.head.bias, bias.expand(added))))
     return wider
+
+
+def quiet_row(hidden: Tensor, ceiling: Tensor) -> Tensor:
+    """w = argmin  log mean_n exp(w . h_n - ceiling_n) + |w|^2 / 2:  the head row of ordinary length that
+    takes the least probability over hidden states [N, dim], where it would take all of it at w . h_n =
+    ceiling_n."""
+    states, ceiling = hidden.double(), ceiling.double()
+    row = torch.zeros(states.shape[1], dtype=torch.float64, device=hidden.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([row], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        objective = torch.logsumexp(states @ row - ceiling, 0) - math.log(len(ceiling)) + row @ row / 2
+        objective.backward()
+        return objective
+
+    optimizer.step(closure)
+    return row.detach()
