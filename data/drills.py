@@ -25,15 +25,16 @@ EN_UNDER_20 = (
 EN_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 EN_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 EN_MONTHS = "January February March April May June July August September October November December".split()
-PEOPLE = (
-    ("Anna", "小安"), ("Ben", "小本"), ("Lily", "莉莉"), ("Tom", "汤姆"), ("Mei", "小梅"), ("Wang Wei", "王伟"),
-    ("Li Na", "李娜"), ("Sara", "莎拉"), ("Max", "马克"), ("Nora", "诺拉"),
-)  # fmt: skip
-# English singular and plural, Chinese with its measure word, price range in yuan
+PEOPLE = {
+    "Anna": "小安", "Ben": "小本", "Lily": "莉莉", "Tom": "汤姆", "Mei": "小梅",
+    "Wang Wei": "王伟", "Li Na": "李娜", "Sara": "莎拉", "Max": "马克", "Nora": "诺拉",
+}  # fmt: skip
+# English singular and plural, Chinese measure word and noun
 GOODS = (
-    ("apple", "apples", "个苹果"), ("pen", "pens", "支笔"), ("book", "books", "本书"), ("cup", "cups", "个杯子"),
-    ("egg", "eggs", "个鸡蛋"), ("ticket", "tickets", "张票"), ("chair", "chairs", "把椅子"), ("fish", "fish", "条鱼"),
-    ("box", "boxes", "个盒子"), ("flower", "flowers", "朵花"), ("bottle", "bottles", "个瓶子"), ("shirt", "shirts", "件衬衫"),
+    ("apple", "apples", "个", "苹果"), ("pen", "pens", "支", "笔"), ("book", "books", "本", "书"),
+    ("cup", "cups", "个", "杯子"), ("egg", "eggs", "个", "鸡蛋"), ("ticket", "tickets", "张", "票"),
+    ("chair", "chairs", "把", "椅子"), ("fish", "fish", "条", "鱼"), ("box", "boxes", "个", "盒子"),
+    ("flower", "flowers", "朵", "花"), ("bottle", "bottles", "个", "瓶子"), ("shirt", "shirts", "件", "衬衫"),
 )  # fmt: skip
 # (English plural, Chinese), (the smaller unit), how many of the smaller in one
 UNITS = (
@@ -72,52 +73,24 @@ def chinese_number(n: int) -> str:
 
 
 def arithmetic(a: int, chinese: bool, rng: random.Random) -> str:
-    """Facts about one number: its name, sums, differences, products, quotients, comparisons."""
+    """Facts about one number: its name, sums, differences, products, quotients, remainders."""
     lines = [f"{a}写作{chinese_number(a)}。" if chinese else f"{a} is written {english_number(a)}."]
     for _ in range(rng.randint(6, 14)):
         b = rng.randint(0, 20) if rng.random() < 0.5 else rng.randint(0, 10 ** rng.randint(1, 4))
-        divisor = rng.randint(2, 12)
-        equation, words = rng.choice(
+        c = rng.randint(2, 12)
+        high, low = max(a, b), min(a, b)
+        left, right, result, sign, english, mandarin = rng.choice(
             (
-                (f"{a} + {b} = {a + b}", (f"What is {a} plus {b}? {a + b}.", f"{a}加{b}等于多少？{a + b}。")),
-                (
-                    f"{max(a, b)} - {min(a, b)} = {abs(a - b)}",
-                    (
-                        f"What is {max(a, b)} minus {min(a, b)}? {abs(a - b)}.",
-                        f"{max(a, b)}减{min(a, b)}等于多少？{abs(a - b)}。",
-                    ),
-                ),
-                (
-                    f"{a} * {divisor} = {a * divisor}",
-                    (
-                        f"What is {a} times {divisor}? {a * divisor}.",
-                        f"{a}乘以{divisor}等于多少？{a * divisor}。",
-                    ),
-                ),
-                (
-                    f"{a * divisor} / {divisor} = {a}",
-                    (
-                        f"What is {a * divisor} divided by {divisor}? {a}.",
-                        f"{a * divisor}除以{divisor}等于多少？{a}。",
-                    ),
-                ),
-                (
-                    f"{a} % {divisor} = {a % divisor}",
-                    (
-                        f"{a} divided by {divisor} is {a // divisor} with remainder {a % divisor}.",
-                        f"{a}除以{divisor}商{a // divisor}余{a % divisor}。",
-                    ),
-                ),
-                (
-                    f"{a} {'>' if a > b else '<' if a < b else '='} {b}",
-                    (
-                        f"The larger of {a} and {b} is {max(a, b)}.",
-                        f"{a}和{b}中较大的数是{max(a, b)}。",
-                    ),
-                ),
+                (a, b, a + b, "+", "What is {} plus {}?", "{}加{}等于多少？"),
+                (high, low, high - low, "-", "What is {} minus {}?", "{}减{}等于多少？"),
+                (a, c, a * c, "*", "What is {} times {}?", "{}乘以{}等于多少？"),
+                (a * c, c, a, "/", "What is {} divided by {}?", "{}除以{}等于多少？"),
+                (a, c, a % c, "%", "What remains of {} divided by {}?", "{}除以{}余多少？"),
             )
         )
-        lines.append(equation if rng.random() < 0.4 else words[chinese])
+        question = (mandarin if chinese else english).format(left, right)
+        answer = f"{result}。" if chinese else f" {result}."
+        lines.append(f"{left} {sign} {right} = {result}" if rng.random() < 0.4 else question + answer)
     return "\n".join(lines)
 
 
@@ -126,20 +99,16 @@ def calendar(number: int, chinese: bool, rng: random.Random) -> str:
     day = date(1970, 1, 1) + timedelta(days=number)
     lines = []
     for _ in range(rng.randint(3, 6)):
-        distance = rng.randint(1, 40) * rng.choice((1, -1))
-        other = day + timedelta(days=distance)
+        distance, later = rng.randint(1, 40), rng.random() < 0.5
+        other = day + timedelta(days=distance if later else -distance)
         if chinese:
-            way = "之后" if distance > 0 else "之前"
-            lines.append(
-                f"{chinese_date(day)}是星期{chinese_weekday(day)}。{abs(distance)}天{way}是{chinese_date(other)}，星期{chinese_weekday(other)}。"
-            )
+            known, way = f"{chinese_date(day)}是星期{chinese_weekday(day)}", "之后" if later else "之前"
+            lines.append(f"{known}。{distance}天{way}是{chinese_date(other)}，星期{chinese_weekday(other)}。")
         else:
-            way = "after" if distance > 0 else "before"
-            days = "day" if abs(distance) == 1 else "days"
-            lines.append(
-                f"{english_date(day)} is a {EN_DAYS[day.weekday()]}. {abs(distance)} {days} {way} it is "
-                f"{english_date(other)}, a {EN_DAYS[other.weekday()]}."
-            )
+            known, way = f"{english_date(day)} is a {EN_DAYS[day.weekday()]}", "after" if later else "before"
+            days = "day" if distance == 1 else "days"
+            found = f"{english_date(other)}, a {EN_DAYS[other.weekday()]}"
+            lines.append(f"{known}. {distance} {days} {way} it is {found}.")
     lines.append(f"{day.isoformat()} = {english_date(day)} = {chinese_date(day)}")
     return "\n".join(lines)
 
@@ -177,39 +146,63 @@ def conversion(amount: int, chinese: bool, rng: random.Random) -> str:
 
 
 def dialogue(number: int, chinese: bool, rng: random.Random) -> str:
-    """The number-th talk of two people: shopping, sharing, meeting, ages. Reasons are given before results."""
-    (en_one, zh_one), (en_two, zh_two) = rng.sample(PEOPLE, 2)
-    one, two = (zh_one, zh_two) if chinese else (en_one, en_two)
-    singular, plural, zh_goods = rng.choice(GOODS)
+    """The number-th talk of two people: buying, sharing, meeting, ages. Reasons come before results."""
+    one, two = rng.sample(sorted(PEOPLE), 2)
+    singular, plural, measure, noun = rng.choice(GOODS)
     count, price, given = rng.randint(2, 30), rng.randint(2, 50), rng.randint(1, 20)
     hour, wait = rng.randint(7, 18), rng.randint(1, 4)
     age, gap = rng.randint(6, 40), rng.randint(1, 30)
-    cost, note = count * price, 50 * (count * price // 50 + 1)
-    if chinese:
-        scenes = (
-            (f"你好，我想买{count}{zh_goods}。", f"好的，每{zh_goods[0]}{price}元，{count}乘以{price}，一共{cost}元。",
-             f"给你{note}元。", f"找你{note}减{cost}，也就是{note - cost}元。谢谢！"),
-            (f"我有{count}{zh_goods}，再给我{given}{zh_goods[0]}，我一共有多少？",
-             f"{count}加{given}等于{count + given}，所以你有{count + given}{zh_goods}。", "对，谢谢你。"),
-            (f"我们{hour}点见面好吗？", f"我要晚{wait}个小时，{hour}加{wait}是{hour + wait}，{hour + wait}点可以吗？",
-             f"可以，{hour + wait}点见。"),
-            ("你今年多大？", f"我{age}岁。你呢？", f"我比你大{gap}岁，{age}加{gap}，我{age + gap}岁。"),
-        )  # fmt: skip
-    else:
-        scenes = (
-            (f"Hello, I would like to buy {count} {plural}.",
-             f"Sure. One {singular} is {price} yuan, and {count} times {price} is {cost}, so that is {cost} yuan.",
-             f"Here are {note} yuan.", f"Your change is {note} minus {cost}, which is {note - cost} yuan. Thank you!"),
-            (f"I have {count} {plural} and you give me {given} more. How many do I have?",
-             f"{count} plus {given} is {count + given}, so you have {count + given} {plural}.", "Right, thank you."),
-            (f"Shall we meet at {hour}:00?",
-             f"I will be {wait} hours later. {hour} plus {wait} is {hour + wait}. Is {hour + wait}:00 fine?",
-             f"Fine, see you at {hour + wait}:00."),
-            ("How old are you?", f"I am {age}. And you?",
-             f"I am {gap} years older than you. {age} plus {gap} is {age + gap}, so I am {age + gap}."),
-        )  # fmt: skip
-    colon = "：" if chinese else ": "
-    return "\n".join(f"{(one, two)[i % 2]}{colon}{said}" for i, said in enumerate(rng.choice(scenes)))
+    cost = count * price
+    note = 50 * (cost // 50 + 1)
+    english_scenes = (
+        (
+            f"Hello, I would like to buy {count} {plural}.",
+            f"One {singular} is {price} yuan. {count} times {price} is {cost}, so that is {cost} yuan.",
+            f"Here are {note} yuan.",
+            f"Your change is {note} minus {cost}, which is {note - cost} yuan. Thank you!",
+        ),
+        (
+            f"I have {count} {plural} and you give me {given} more. How many do I have?",
+            f"{count} plus {given} is {count + given}, so you have {count + given} {plural}.",
+            "Right, thank you.",
+        ),
+        (
+            f"Shall we meet at {hour}:00?",
+            f"I will be {wait} hours later. {hour} plus {wait} is {hour + wait}. Is {hour + wait}:00 fine?",
+            f"Fine, see you at {hour + wait}:00.",
+        ),
+        (
+            "How old are you?",
+            f"I am {age}. And you?",
+            f"I am {gap} years older than you. {age} plus {gap} is {age + gap}, so I am {age + gap}.",
+        ),
+    )
+    chinese_scenes = (
+        (
+            f"你好，我想买{count}{measure}{noun}。",
+            f"好的，每{measure}{price}元，{count}乘以{price}，一共{cost}元。",
+            f"给你{note}元。",
+            f"找你{note}减{cost}，也就是{note - cost}元。谢谢！",
+        ),
+        (
+            f"我有{count}{measure}{noun}，再给我{given}{measure}，我一共有多少？",
+            f"{count}加{given}等于{count + given}，所以你有{count + given}{measure}{noun}。",
+            "对，谢谢你。",
+        ),
+        (
+            f"我们{hour}点见面好吗？",
+            f"我要晚{wait}个小时，{hour}加{wait}是{hour + wait}，{hour + wait}点可以吗？",
+            f"可以，{hour + wait}点见。",
+        ),
+        (
+            "你今年多大？",
+            f"我{age}岁。你呢？",
+            f"我比你大{gap}岁，{age}加{gap}，我{age + gap}岁。",
+        ),
+    )
+    names, colon = ((PEOPLE[one], PEOPLE[two]), "：") if chinese else ((one, two), ": ")
+    said = rng.choice(chinese_scenes if chinese else english_scenes)
+    return "\n".join(f"{names[turn % 2]}{colon}{words}" for turn, words in enumerate(said))
 
 
 def drills() -> Iterator[tuple[str, str]]:
@@ -221,22 +214,22 @@ def drills() -> Iterator[tuple[str, str]]:
     random.Random(0).shuffle(order)
     for subject in order:
         number, chinese = subject // 2, subject % 2 == 1
-        small = number % 100
-        for make, about in (
+        about = (
             (arithmetic, number),
-            (arithmetic, small),
+            (arithmetic, number % 100),
             (calendar, number),
             (conversion, 1 + number),
             (dialogue, number),
-        ):
-            seed = f"{make.__name__} {about} {subject}"
-            yield f"{make.__name__} {about}", make(about, chinese, random.Random(seed))
+        )
+        for make, what in about:
+            name = f"{make.__name__} {what}"
+            yield name, make(what, chinese, random.Random(f"{name} {subject}"))
 
 
 def catalogues(
     roots: tuple[Path, ...] = (Path(sys.prefix), Path("/usr/share/locale")),
 ) -> Iterator[tuple[str, str]]:
-    """(file name, text) of the installed Chinese message catalogues: English message, then its translation."""
+    """(file name, text) of the installed Chinese message catalogues: each message, then its translation."""
     for root in roots:
         for path in sorted(root.rglob("zh_CN/LC_MESSAGES/*.mo")):
             pairs = [(en, zh) for en, zh in read_catalogue(path.read_bytes()) if en and zh and en != zh]

@@ -28,10 +28,13 @@ NGRAM = 13  # words
 WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
 CHINESE = re.compile(r"[\u3400-\u9fff]")
 OTHER_SCRIPT = re.compile(r"[\u0370-\u1fff\u3040-\u30ff\uac00-\ud7af]")  # Greek to Indic, kana, Hangul
-ENGLISH_WORDS = frozenset("the be to of and that have with is in for a it this as not or are on by".split())
+ENGLISH_WORDS = frozenset(
+    "the be to of and that have with is in for a it this as not or are on by you from at an can will was he "
+    "her his they which has its your i if how many".split()
+)
 CODE_LINE = re.compile(
-    r"[;{}:,(]\s*$|\w\(.*\)|[=!<>]=|^\s*\w+ = "
-    r"|^\s*(def|class|import|from|return|if|for|while|#include|//|\*|@)\b"
+    r"[{};]\s*$|\)\s*:\s*$|\w\([^ ]*\)|[=!<>]=|^\s*[\w.\[\]]+ [+-]?= "
+    r"|^\s*(def|class|import|from|return|elif|else:|for|while|#include|@)\b"
 )
 
 
@@ -54,19 +57,21 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
 
 
 def language(text: str) -> Language:
-    """Chinese, code, English or something else, judged by the first 4,000 characters."""
-    text = text[:4000]
+    """Chinese, code, English or something else, judged by 4,000 characters from the middle.
+
+    Not from the start, where code has its licence and a page its menu.
+    """
+    text = text[max(0, len(text) // 2 - 2000) :][:4000]
     letters = sum(map(str.isalpha, text)) or 1
     if len(OTHER_SCRIPT.findall(text)) > 0.2 * letters:
         return "other"
     if len(CHINESE.findall(text)) > 0.2 * letters:
         return "zh"
     lines = [line for line in text.splitlines() if line.strip()]
-    if lines and sum(CODE_LINE.search(line) is not None for line in lines) > 0.5 * len(lines):
+    if sum(CODE_LINE.search(line) is not None for line in lines) > 0.3 * len(lines):
         return "code"
     words = words_of(text)
-    english = sum(word in ENGLISH_WORDS for word in words)
-    return "en" if english > 0.08 * len(words) else "other"
+    return "en" if sum(word in ENGLISH_WORDS for word in words) > 0.08 * len(words) else "other"
 
 
 def quality(text: str, kind: Language) -> str | None:

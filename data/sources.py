@@ -58,11 +58,11 @@ class Source:
 @dataclass(frozen=True)
 class Document:
     """group: what is held out together (a package, a subject; empty = the document alone).
-    kind: code, drill, or empty = to be found out."""
+    kind: what it is, en, zh, code or drill; empty = to be found out."""
 
     text: str
     group: str = ""
-    kind: Literal["code", "drill", ""] = ""
+    kind: Literal["en", "zh", "code", "drill", ""] = ""
 
 
 def parse_source(word: str) -> Source:
@@ -168,7 +168,7 @@ def python_docs() -> Iterator[Document]:
     for name, path, _ in reversed(python_files()):
         text = "\n\n".join(docstrings(source_text(path)))
         if text:
-            yield Document(text, package_of(name))
+            yield Document(text, package_of(name), "en")
 
 
 def source_text(path: Path) -> str:

@@ -297,7 +297,7 @@ def build(
 ) -> None:
     """Filter, split and tokenise everything into `folder`. Memory: CHUNK characters and the filters' indexes.
 
-    Validation sources come first, so that of a training document and its double in validation the former goes.
+    Validation sources come first, so that a training document that repeats one is the one to go.
     """
     rules = Filters(evaluation_texts(choice.decontaminate), choice.languages)
     entries = []

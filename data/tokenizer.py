@@ -291,12 +291,29 @@ class LibraryTokenizer(Tokenizer):
         super().__init__(special_tokens, 1 + max(ids), settings)
         self.names = {token_id: name for name, token_id in special_tokens.items()}
         self.byte_level = '"ByteLevel"' in content
+        unknown = self.library.model.unk_token if hasattr(self.library.model, "unk_token") else None
+        # Some models (unigram) may take the marker as a piece all the same; then it is cut in two.
+        forbidden = [
+            name for name in special_tokens if name not in (unknown, "<unk>", "[UNK]") and len(name) > 1
+        ]
+        self.markers = regex.compile(
+            "|".join(f"(?<={regex.escape(n[0])})(?={regex.escape(n[1:])})" for n in forbidden)
+        )
+        self.forbidden = {special_tokens[name] for name in forbidden}
 
     def encode(self, text: str) -> list[int]:
-        return self.library.encode(text, add_special_tokens=False).ids
+        ids = self.library.encode(text, add_special_tokens=False).ids
+        if self.forbidden.isdisjoint(ids):
+            return ids
+        parts = self.markers.split(text)
+        return [i for part in parts for i in self.library.encode(part, add_special_tokens=False).ids]
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
-        return [item.ids for item in self.library.encode_batch(texts, add_special_tokens=False)]
+        found = [item.ids for item in self.library.encode_batch(texts, add_special_tokens=False)]
+        return [
+            ids if self.forbidden.isdisjoint(ids) else self.encode(text)
+            for text, ids in zip(texts, found, strict=True)
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.library.decode(list(ids), skip_special_tokens=False)
@@ -370,7 +387,11 @@ class SentencePieceTokenizer(Tokenizer):
         return text[1:] if text.startswith(" ") else text
 
     def save(self, folder: str | Path) -> None:
-        """tokenizer.json by the rule that SentencePiece itself follows: best score first, then leftmost."""
+        """tokenizer.json with the merges that SentencePiece makes: any two neighbours that join to a piece.
+
+        The best score goes first. Where scores are equal (runs of spaces), SentencePiece goes on at the left,
+        so a run grows from its left end: that is the order in which the longest left part comes first.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         sp, ids = self.library, {piece: i for i, piece in enumerate(self.pieces)}
@@ -379,7 +400,7 @@ class SentencePieceTokenizer(Tokenizer):
             if not (self.special[i] or sp.is_byte(i)):
                 splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
                 splits = [(left, right) for left, right in splits if left in ids and right in ids]
-                merges += [(-sp.get_score(i), ids[left], ids[right]) for left, right in splits]
+                merges += [(-sp.get_score(i), -len(left), left, right) for left, right in splits]
         merges.sort()
         normalizers: list[dict[str, Any]] = [
             {"type": "Prepend", "prepend": "▁"},
@@ -416,7 +437,7 @@ class SentencePieceTokenizer(Tokenizer):
                 "byte_fallback": True,
                 "ignore_merges": False,
                 "vocab": ids | self.special_tokens,
-                "merges": [[self.pieces[left], self.pieces[right]] for _, left, right in merges],
+                "merges": [[left, right] for _, _, left, right in merges],
             },
         }
         write_json(folder / "tokenizer.json", content)
@@ -537,8 +558,8 @@ def train_tokenizer(
 ) -> BytePairTokenizer:
     """A new vocabulary of `vocab_size` ids: 256 bytes, merges, then the special tokens.
 
-    The first three special tokens are taken as begin, end and padding. Little text gives fewer merges than
-    asked.
+    The first special token begins a document, the second ends it, the third is padding; a single one does all
+    it can. Little text gives fewer merges than asked.
     """
     n_merges = vocab_size - 256 - len(special_tokens)
     if n_merges < 0:
@@ -552,9 +573,11 @@ def train_tokenizer(
     words = [list(word.encode("utf-8", errors="replace")) for word in counts]
     learn_merges(words, list(counts.values()), names, n_merges, first_id=256, keep_ascii=False)
     special = {name: len(names) + i for i, name in enumerate(special_tokens)}
-    settings = dict(zip(("bos_token", "eos_token", "pad_token"), special_tokens, strict=False))
+    roles = {"bos_token": special_tokens[0], "eos_token": special_tokens[min(1, len(special_tokens) - 1)]}
+    if len(special_tokens) > 2:
+        roles["pad_token"] = special_tokens[2]
     ranks = {name: token_id for token_id, name in names.items()}
-    return BytePairTokenizer(ranks, special, pattern, settings | {"chat_template": chat_template})
+    return BytePairTokenizer(ranks, special, pattern, roles | {"chat_template": chat_template})
 
 
 def extend_tokenizer(
@@ -597,7 +620,7 @@ def apply_merges(content: bytes, ranks: dict[bytes, int], before: float = float(
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[list[bytes]]:
-    """The merge behind each token of more than one byte: the two parts that the earlier merges leave of it."""
+    """The merge behind each token of more than one byte: the two parts that earlier merges leave of it."""
     merges = [
         apply_merges(token, ranks, before=token_id) for token, token_id in ranks.items() if len(token) > 1
     ]
@@ -667,7 +690,7 @@ def read_added(folder: Path) -> dict[str, int]:
 
 def with_end_token(settings: dict[str, Any], special_tokens: dict[str, int]) -> dict[str, Any]:
     """Settings that name an end token: where no file does, the usual name that the vocabulary has."""
-    usual = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "<eom>")
+    usual = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>")
     known = next((name for name in usual if name in special_tokens), None)
     return {"eos_token": known, "bos_token": "<s>" if "<s>" in special_tokens else None} | settings
 
@@ -772,7 +795,7 @@ def byte_pair_tokenizer(
     ids = [token_id for _, token_id in merged]
     if any(a >= b for a, b in zip(ids, ids[1:], strict=False)) or (ids and max(single.values()) > ids[0]):
         return None
-    ranks = single | dict(merged)
+    ranks = dict(sorted(single.items(), key=lambda item: item[1])) | dict(merged)
     whitespace = {name: token_id for name, token_id in added.items() if is_run(name)}
     ordinary = set(ranks.values())
     special = {name: token_id for name, token_id in vocab.items() if token_id not in ordinary} | added
@@ -878,9 +901,7 @@ def main() -> None:
     commands = {"train": TrainConfig, "extend": ExtendConfig}
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in ("-h", "--help"):
-        print(
-            f"{__doc__}\nOptions: python data/tokenizer.py train --help, python data/tokenizer.py extend --help"
-        )
+        print(f"{__doc__}\nOptions: see `train --help` and `extend --help`")
         return
     if command not in commands:
         raise UsageError(
