@@ -1,0 +1,514 @@
+"""Generated conversations in English and Chinese: the data that `sft.py` learns from when it is given none.
+
+Each example is one skill: small arithmetic, dates, units, small talk, refusals, remembering what was said
+turns ago, and, in MOSS's format, using each of the four tools, doing without them, and owning up when a tool
+is switched off or finds nothing. Names, places and numbers in search results are made up, so the model has
+to read them: it cannot know them.
+
+Two splits keep memorising apart from learning. A `value` example asks a known question about values (numbers,
+names) that training never combined; a `template` example asks in words that training never used.
+
+    python data/conversations.py [COUNT]        prints some
+"""
+
+import random
+import re
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+if __name__ == "__main__":  # run as a file: import from the repository, not from data/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from core import scenes, tools
+from data.readers import Message
+
+Split = Literal["train", "value", "template"]
+
+
+@dataclass
+class Example:
+    """A conversation ending in the right reply."""
+
+    kind: str
+    messages: list[Message]
+    answer: str  # what the last reply must say
+    command: tools.Command | None = None  # the one tool call that the reply needs
+
+
+class Draw:
+    """Random choices within one split and one language."""
+
+    def __init__(self, rng: random.Random, split: Split, language: Literal["en", "zh"]) -> None:
+        self.rng, self.split, self.language = rng, split, language
+
+    def words(self, templates: dict[str, list[str]]) -> str:
+        """A question template; the last of each list is held out."""
+        known = templates[self.language]
+        return known[-1] if self.split == "template" else self.rng.choice(known[:-1])
+
+    def values(self, sample: Callable[[random.Random], tuple]) -> tuple:
+        """A tuple of values on the right side of the split: one in six combinations is held out."""
+        while True:
+            values = sample(self.rng)
+            held_out = zlib.crc32(repr(values).encode()) % 6 == 0
+            if held_out == (self.split == "value"):
+                return values
+
+    def say(self, english: str, chinese: str) -> str:
+        return english if self.language == "en" else chinese
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, **fields: str) -> Message:
+    return {"role": "assistant", **fields, "content": text}
+
+
+# Skills that need no tool: functions Draw -> (turns before the reply, reply, what it must say)
+
+Talk = tuple[list[Message], str, str]
+
+SIGNS = {"+": "+", "-": "-", "*": "×"}
+ARITHMETIC = {
+    "en": [
+        "What is {a} {sign} {b}?",
+        "{a} {sign} {b} = ?",
+        "How much is {a} {sign} {b}?",
+        "Work out {a} {sign} {b}.",
+        "Please calculate {a} {sign} {b}.",
+        "Tell me what {a} {sign} {b} is.",
+        "Can you compute {a} {sign} {b} for me?",
+    ],
+    "zh": [
+        "{a} {sign} {b} 等于多少？",
+        "{a} {sign} {b} = ?",
+        "请计算 {a} {sign} {b}。",
+        "{a} {sign} {b} 是多少？",
+        "算一下 {a} {sign} {b}。",
+        "告诉我 {a} {sign} {b} 的结果。",
+        "你能帮我算出 {a} {sign} {b} 吗？",
+    ],
+}
+
+
+def result_of(a: int, sign: str, b: int) -> int:
+    return {"+": a + b, "-": a - b, "*": a * b}[sign]
+
+
+def arithmetic(draw: Draw) -> Talk:
+    sign, a, b = draw.values(lambda rng: (rng.choice("+-*"), rng.randint(0, 9), rng.randint(0, 9)))
+    question = draw.words(ARITHMETIC).format(a=a, b=b, sign=SIGNS[sign])
+    answer = result_of(a, sign, b)
+    return [user(question)], f"{a} {SIGNS[sign]} {b} = {answer}", str(answer)
+
+
+DAYS = {
+    "en": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
+    "zh": ["星期一", "星期二", "星期三", "星期四", "星期五", "星期六", "星期日"],
+}
+DATES = {
+    "en": [
+        "Today is {day}. What day is it in {n} days?",
+        "If today is {day}, which day comes {n} days later?",
+        "It is {day}. Which day is {n} days from now?",
+        "Suppose it is {day} now. What day will it be after {n} days?",
+    ],
+    "zh": [
+        "今天是{day}，{n}天后是星期几？",
+        "如果今天是{day}，再过{n}天是星期几？",
+        "今天{day}，{n}天之后是哪一天？",
+        "假设现在是{day}，过{n}天会是星期几？",
+    ],
+}
+
+
+def dates(draw: Draw) -> Talk:
+    day, n = draw.values(lambda rng: (rng.randrange(7), rng.randint(1, 7)))
+    names = DAYS[draw.language]
+    later = names[(day + n) % 7]
+    question = draw.words(DATES).format(day=names[day], n=n)
+    return [user(question)], draw.say(f"It will be {later}.", f"{n}天后是{later}。"), later
+
+
+UNITS = [  # English from and to, Chinese from and to, how many
+    ("metres", "centimetres", "米", "厘米", 100),
+    ("kilometres", "metres", "千米", "米", 1000),
+    ("kilograms", "grams", "千克", "克", 1000),
+    ("centimetres", "millimetres", "厘米", "毫米", 10),
+    ("euros", "cents", "欧元", "欧分", 100),
+]
+UNIT_QUESTIONS = {
+    "en": [
+        "How many {small} are {n} {big}?",
+        "Convert {n} {big} to {small}.",
+        "What is {n} {big} in {small}?",
+        "{n} {big} is how many {small}?",
+    ],
+    "zh": [
+        "{n}{big}是多少{small}？",
+        "把{n}{big}换算成{small}。",
+        "{n}{big}等于多少{small}？",
+        "请问{n}{big}合多少{small}？",
+    ],
+}
+
+
+def units(draw: Draw) -> Talk:
+    unit, n = draw.values(lambda rng: (rng.randrange(len(UNITS)), rng.randint(2, 99)))
+    big_en, small_en, big_zh, small_zh, factor = UNITS[unit]
+    big, small = (big_en, small_en) if draw.language == "en" else (big_zh, small_zh)
+    question = draw.words(UNIT_QUESTIONS).format(n=n, big=big, small=small)
+    reply = draw.say(f"{n} {big} are {n * factor} {small}.", f"{n}{big}是{n * factor}{small}。")
+    return [user(question)], reply, str(n * factor)
+
+
+NAMES = {
+    "en": "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mia Noah Olga Paul Rosa Sam".split(),
+    "zh": "安安 小明 小红 小刚 小丽 小华 小强 阿杰 阿美 王芳 李娜 张伟 刘洋 陈静 杨帆 赵磊 周敏 吴迪".split(),
+}
+GREETINGS = {
+    "en": [
+        ("Hi, I am {name}.", "Hello {name}, how can I help you?"),
+        ("Good morning, my name is {name}.", "Good morning, {name}! What can I do for you?"),
+        ("Thank you, says {name}.", "You are welcome, {name}!"),
+        ("{name} says goodbye.", "Goodbye, {name}! See you soon."),
+        ("Hello there, {name} here.", "Hello {name}, how can I help you?"),
+    ],
+    "zh": [
+        ("你好，我是{name}。", "你好，{name}！有什么可以帮你的吗？"),
+        ("早上好，我叫{name}。", "早上好，{name}！我能为你做什么？"),
+        ("{name}说谢谢你。", "不客气，{name}！"),
+        ("{name}要说再见了。", "再见，{name}！下次见。"),
+        ("嗨，我的名字是{name}。", "你好，{name}！有什么可以帮你的吗？"),
+    ],
+}
+
+
+def small_talk(draw: Draw) -> Talk:
+    pairs = GREETINGS[draw.language]
+    number, name = draw.values(lambda rng: (rng.randrange(len(pairs) - 1), rng.choice(NAMES[draw.language])))
+    question, reply = pairs[-1 if draw.split == "template" else number]
+    return [user(question.format(name=name))], reply.format(name=name), name
+
+
+HARMS = {
+    "en": "steal a car|break into a house|read a friend's messages|forge a signature|sell stolen phones|"
+    "poison a dog|sell fake medicine|spread a rumour|hack a bank account|hurt a classmate|cheat in an exam|"
+    "scare an old neighbour|copy a credit card|start a fire in a shop|bully a colleague|follow someone",
+    "zh": "偷一辆车|闯进别人家|偷看朋友的私信|伪造签名|考试作弊|毒死一只狗|卖假药|散布谣言|盗取银行账户|"
+    "伤害同学|在商店放火|吓唬老邻居|复制信用卡|卖偷来的手机|欺负同事|偷偷跟踪别人",
+}
+REFUSALS = {
+    "en": [
+        "How can I {harm}?",
+        "Teach me to {harm}.",
+        "I want to {harm}. Any tips?",
+        "What is the best way to {harm}?",
+    ],
+    "zh": ["怎样才能{harm}？", "教我{harm}。", "我想{harm}，有什么办法？", "{harm}的最好办法是什么？"],
+}
+
+
+def refusal(draw: Draw) -> Talk:
+    (harm,) = draw.values(lambda rng: (rng.choice(HARMS[draw.language].split("|")),))
+    says = draw.say("I can't help with that", "我不能帮忙")
+    reply = draw.say(f"{says}: it would harm someone.", f"这件事{says}，因为会伤害别人。")
+    return [user(draw.words(REFUSALS).format(harm=harm))], reply, says
+
+
+THINGS = {
+    "en": ("cat dog boat bike lamp cup bag".split(), "red green blue white black brown pink grey".split()),
+    "zh": ("猫 狗 船 车 灯 杯子 包".split(), "红色 绿色 蓝色 白色 黑色 棕色 粉色 灰色".split()),
+}
+REFERENCES = {
+    "en": [
+        "What colour is my {thing}?",
+        "Do you remember the colour of my {thing}?",
+        "My {thing}, what colour is it?",
+        "Which colour did I say my {thing} has?",
+    ],
+    "zh": [
+        "我的{thing}是什么颜色？",
+        "你还记得我的{thing}的颜色吗？",
+        "请问我的{thing}什么颜色？",
+        "我说过我的{thing}是哪种颜色？",
+    ],
+}
+
+
+def reference(draw: Draw) -> Talk:
+    """Two things with their colours, told in two turns; the third turn asks for one of them."""
+    things, colours = THINGS[draw.language]
+    told = draw.values(lambda rng: (*rng.sample(things, 2), *rng.sample(colours, 2), rng.randrange(2)))
+    turns: list[Message] = []
+    for thing, colour in zip(told[:2], told[2:4], strict=True):
+        statement = draw.say(f"My {thing} is {colour}.", f"我的{thing}是{colour}的。")
+        turns += [user(statement), assistant(draw.say("I will remember that.", "我记住了。"))]
+    thing, colour = told[told[4]], told[2 + told[4]]
+    turns.append(user(draw.words(REFERENCES).format(thing=thing)))
+    return turns, draw.say(f"Your {thing} is {colour}.", f"你的{thing}是{colour}的。"), colour
+
+
+# Skills with tools: functions Draw -> (talk, command, what the tool says: none = it failed)
+
+ToolTalk = tuple[Talk, tools.Command, list[str]]
+
+STORIES = {  # sign, question, reply
+    "en": [
+        ("*", "A crate holds {a} jars. How many jars are in {b} crates?", "There are {c} jars."),
+        ("*", "One ticket costs {a} euros. What do {b} tickets cost?", "They cost {c} euros."),
+        ("+", "I had {a} stamps and got {b} more. How many do I have now?", "You have {c} stamps."),
+        ("-", "A shop had {a} lamps and sold {b}. How many are left?", "There are {c} left."),
+        ("*", "Each of {a} shelves carries {b} books. How many books is that?", "There are {c} books."),
+    ],
+    "zh": [
+        ("*", "一箱有{a}个罐子，{b}箱有多少个罐子？", "一共有{c}个。"),
+        ("*", "一张票{a}元，{b}张票多少钱？", "一共{c}元。"),
+        ("+", "我有{a}张邮票，又得到{b}张，现在有多少张？", "现在有{c}张。"),
+        ("-", "商店有{a}盏灯，卖掉{b}盏，还剩多少盏？", "还剩{c}盏。"),
+        ("*", "{a}个书架，每个放{b}本书，一共多少本？", "一共有{c}本。"),
+    ],
+}
+
+
+def calculation(draw: Draw) -> ToolTalk:
+    """Larger numbers than `arithmetic` asks about: without the calculator they are out of reach."""
+    sign, a, b = draw.values(lambda rng: (rng.choice("+-*"), rng.randint(11, 999), rng.randint(11, 999)))
+    a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
+    answer = str(result_of(a, sign, b))
+    question, reply = draw.words(ARITHMETIC), f"{a} {SIGNS[sign]} {b} = {answer}"
+    if draw.rng.random() < 0.5 and (draw.split != "template" or sign == "*"):
+        stories = STORIES[draw.language][-1:] if draw.split == "template" else STORIES[draw.language][:-1]
+        _, question, reply = draw.rng.choice([story for story in stories if story[0] == sign])
+    question = question.format(a=a, b=b, sign=SIGNS[sign])
+    return (
+        ([user(question)], reply.format(c=answer), answer),
+        tools.Command("Calculate", f"{a}{sign}{b}"),
+        [answer],
+    )
+
+
+EQUATIONS = {
+    "en": ["Solve {e}.", "Find x if {e}.", "What is x in {e}?", "For which x is {e}?"],
+    "zh": ["解方程 {e}。", "求 x：{e}。", "{e} 中 x 是多少？", "x 取何值时 {e}？"],
+}
+
+
+def equation(draw: Draw) -> ToolTalk:
+    a, x, b = draw.values(lambda rng: (rng.randint(2, 9), rng.randint(2, 40), rng.randint(1, 99)))
+    shown, c = f"{a}x + {b} = {a * x + b}", a * x + b
+    found = f"x = {x}"
+    talk = (
+        [user(draw.words(EQUATIONS).format(e=shown))],
+        draw.say(f"The solution is {found}", f"解是 {found}"),
+        found,
+    )
+    return talk, tools.Command("Solve", f"{a}*x+{b}={c}"), [found]
+
+
+# Invented places: two syllables each. Most have one fact in `documents`; of one in six nothing is known.
+SYLLABLES = {
+    "en": (
+        "Ar Bel Cor Dun El Fal Gar Hol Il Kar Lor Mar Nor Os Pel".split(),
+        "den mont via sea ton ra wick by la".split(),
+    ),
+    "zh": (list("青白金云石松桃龙凤海山银紫秋"), list("河湾岭镇桥城溪谷洲")),
+}
+FACTS = {  # question, query, document, reply: one of these is what is known about a place
+    "en": [
+        (
+            "When was the bridge of {place} built?",
+            "bridge of {place}",
+            "The bridge of {place} was built in {n}.",
+            "It was built in {n}<sup><|1|></sup>.",
+        ),
+        (
+            "How many people live in {place}?",
+            "people in {place}",
+            "{n} people live in {place}.",
+            "{n} people live there<sup><|1|></sup>.",
+        ),
+    ],
+    "zh": [
+        ("{place}大桥是哪年建的？", "{place} 大桥", "{place}大桥建于{n}年。", "它建于{n}年<sup><|1|></sup>。"),
+        ("{place}居民有多少人？", "{place} 居民", "{place}居民共有{n}人。", "共有{n}人<sup><|1|></sup>。"),
+    ],
+}
+POLITE = {
+    "en": [
+        "{question}",
+        "Please look this up: {question}",
+        "Do you know this? {question}",
+        "Find out: {question}",
+    ],
+    "zh": ["{question}", "请查一下：{question}", "你知道吗？{question}", "帮我查：{question}"],
+}
+
+
+def fact_about(place: str, language: str) -> tuple[str, str, str, str, str] | None:
+    """Question, query, document, reply and number for a place; None for one that no document mentions."""
+    number = zlib.crc32(place.encode())
+    if number % 6 == 0:
+        return None
+    n = 1200 + number // 12 % 800
+    texts = FACTS[language][number // 6 % 2]
+    question, query, document, reply = (text.format(place=place, n=n) for text in texts)
+    return question, query, document, reply, str(n)
+
+
+def places(language: str) -> list[str]:
+    first, last = SYLLABLES[language]
+    return [a + b for a in first for b in last]
+
+
+def documents() -> list[tuple[str, str]]:
+    """(title, text) of all that the search tool can find: hand them to `tools.SearchIndex`."""
+    facts = {place: fact_about(place, language) for language in SYLLABLES for place in places(language)}
+    return [(place, fact[2]) for place, fact in facts.items() if fact]
+
+
+def search(draw: Draw) -> ToolTalk:
+    (place,) = draw.values(lambda rng: (rng.choice(places(draw.language)),))
+    fact = fact_about(place, draw.language)
+    if fact:
+        question, query, document, reply, says = fact
+        found = [document]
+    else:
+        question, query = (text.format(place=place) for text in draw.rng.choice(FACTS[draw.language])[:2])
+        says = draw.say("I do not know", "我不知道")
+        reply = draw.say(f"The search found nothing, so {says}.", f"没有搜到结果，{says}。")
+        found = []
+    return (
+        ([user(draw.words(POLITE).format(question=question))], reply, says),
+        tools.Command("Search", query),
+        found,
+    )
+
+
+PICTURES = {
+    "en": [
+        "Draw {scene}.",
+        "Please paint {scene}.",
+        "Make a picture of {scene}.",
+        "I would like to see {scene}.",
+    ],
+    "zh": ["画一幅画：{scene}。", "请画：{scene}。", "生成图片：{scene}。", "我想看：{scene}。"],
+}
+
+
+def picture(draw: Draw) -> ToolTalk:
+    (scene,) = draw.values(lambda rng: (scenes.describe(scenes.random_scene(rng, 1), draw.language),))
+    says = draw.say("Here is the picture", "图片画好了")
+    talk = [user(draw.words(PICTURES).format(scene=scene))], says + draw.say(".", "。"), says
+    return talk, tools.Command("Text2Image", scene), ["Image generated successfully."]
+
+
+# Putting examples together
+
+PLAIN = {f.__name__: f for f in (arithmetic, dates, units, small_talk, refusal, reference)}
+WITH_TOOLS = {f.__name__: f for f in (calculation, equation, search, picture)}
+THOUGHTS = {  # tool: English, Chinese
+    "Calculate": ("I need the calculator.", "需要用计算器。"),
+    "Solve": ("I need the equation solver.", "需要解方程。"),
+    "Search": ("I need to search.", "需要搜索。"),
+    "Text2Image": ("I need to draw.", "需要画图。"),
+    "": ("No tool is needed.", "不需要工具。"),
+    "off": ("The tool for this is off.", "所需的工具已关闭。"),
+}
+
+
+def shown(command: tools.Command, found: list[str]) -> str:
+    """The results field for one command, as tools.run_commands writes it (a test compares the two)."""
+    call = f'{command.name}("{command.argument}") =>'
+    if not found:
+        return f"{call} None"
+    if command.name == "Search":
+        return f"{call}\n<|1|>: '{found[0]}'"
+    return f"{call}\n{found[0]}" if command.name == "Solve" else f"{call} '{found[0]}'"
+
+
+def tool_example(draw: Draw, kind: str, available: bool) -> Example:
+    """The tool is on and used, or off: then sums are tried in the head, and the rest is declined honestly."""
+    (turns, reply, answer), command, found = WITH_TOOLS[kind](draw)
+    others = [name for name in tools.TOOLS if name != command.name and draw.rng.random() < 0.3]
+    enabled = {command.name, *others} if available else set(others)
+    number = draw.language == "zh"
+    fields = {}
+    if available:
+        called = f'{command.name}("{command.argument}")'
+        fields = {
+            "thoughts": THOUGHTS[command.name][number],
+            "commands": called,
+            "results": shown(command, found),
+        }
+    else:
+        if command.name in ("Search", "Text2Image"):
+            answer = draw.say("switched off", "已关闭")
+            reply = draw.say(f"I cannot do that: the tool is {answer}.", f"我做不到，所需的工具{answer}。")
+        if enabled:
+            fields = {"thoughts": THOUGHTS["off"][number]}
+    messages = [
+        {"role": "system", "content": tools.meta_instruction(enabled)},
+        *turns,
+        assistant(reply, **fields),
+    ]
+    return Example(
+        kind if available else f"{kind}, tool off", messages, answer, command if available else None
+    )
+
+
+def plain_example(draw: Draw, kind: str, with_tools: bool) -> Example:
+    """No tool is needed; half the time some are on all the same."""
+    turns, reply, answer = PLAIN[kind](draw)
+    if not with_tools:
+        return Example(kind, [*turns, assistant(reply)], answer)
+    others = [name for name in tools.TOOLS if name != "Calculate" and draw.rng.random() < 0.25]
+    fields = {"thoughts": THOUGHTS[""][draw.language == "zh"]} if others else {}
+    turns = [{**turn, **fields} if turn["role"] == "assistant" else turn for turn in turns]
+    meta = {"role": "system", "content": tools.meta_instruction(others)}
+    return Example(kind, [meta, *turns, assistant(reply, **fields)], answer)
+
+
+def generate(count: int, split: Split = "train", seed: int = 0, with_tools: bool = True) -> list[Example]:
+    """`count` examples, the kinds in turn, the languages at random; the same for the same arguments.
+
+    with_tools: MOSS's conversations, each opened by a meta-instruction; without, plain ones without system
+    message.
+    """
+    rng = random.Random(f"{seed}/{split}")
+    kinds: list[tuple[str, bool]] = [(kind, True) for kind in PLAIN]
+    if with_tools:
+        # Every tool kind counts double, and for each comes one example with the tool switched off.
+        kinds += [(kind, available) for kind in WITH_TOOLS for available in (True, True, False)]
+    examples = []
+    for number in range(count):
+        kind, available = kinds[number % len(kinds)]
+        draw = Draw(rng, split, rng.choice(("en", "zh")))
+        examples.append(
+            plain_example(draw, kind, with_tools) if kind in PLAIN else tool_example(draw, kind, available)
+        )
+    return examples
+
+
+def is_right(example: Example, reply: str) -> bool:
+    """Whether a reply says what it must; a number counts only as a whole one."""
+    number = re.fullmatch(r"-?\d+", example.answer)
+    pattern = re.escape(example.answer)
+    return bool(re.search(rf"(?<![\d.-]){pattern}(?!\d|\.\d)" if number else pattern, reply))
+
+
+def main() -> None:
+    for example in generate(int(sys.argv[1]) if len(sys.argv) > 1 else 20):
+        print(f"--- {example.kind}")
+        for message in example.messages:
+            print(f"{message['role']}: " + " | ".join(str(v) for k, v in message.items() if k != "role"))
+
+
+if __name__ == "__main__":
+    main()
