@@ -336,7 +336,7 @@ FACTS = {  # question, query, document, reply: one of these is what is known abo
         ),
     ],
     "zh": [
-        ("{place}大桥是哪年建的？", "{place} 大桥", "{place}大桥建于{n}年。", "它建于{n}年<sup><|1|></sup>。"),
+        ("{place}大桥是哪年建的？", "{place} 大桥", "{place}大桥建于{n}年。", "建于{n}年<sup><|1|></sup>。"),
         ("{place}居民有多少人？", "{place} 居民", "{place}居民共有{n}人。", "共有{n}人<sup><|1|></sup>。"),
     ],
 }
@@ -428,6 +428,8 @@ def shown(command: tools.Command, found: list[str]) -> str:
     call = f'{command.name}("{command.argument}") =>'
     if not found:
         return f"{call} None"
+    if command.name == "Text2Image":
+        return found[0]
     if command.name == "Search":
         return f"{call}\n<|1|>: '{found[0]}'"
     return f"{call}\n{found[0]}" if command.name == "Solve" else f"{call} '{found[0]}'"
