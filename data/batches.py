@@ -123,8 +123,8 @@ class PackedBatches:
     """Batches of packed documents from a weighted mixture.
 
     Sequence i of the run (row i % batch_size of step i // batch_size) takes slot i % BLOCK of a fixed
-    schedule, in which each source has its exact quota, evenly spread. So which sequence of which source it is,
-    and how many tokens each source gave before any step, are closed forms.
+    schedule, in which each source has its exact quota, evenly spread. So which sequence of which source it
+    is, and how many tokens each source gave before any step, are closed forms.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ ENGLISH_WORDS = frozenset(
     "her his they which has its your i if how many".split()
 )
 CODE_LINE = re.compile(
-    r"[{};]\s*$|\)\s*:\s*$|\w\([^ ]*\)|[=!<>]=|^\s*[\w.\[\]]+ [+-]?= "
+    r"[{}]\s*$|[)\]]\s*[;:]\s*$|\w\([^ ]*\)|[=!<>]=|^\s*[\w.\[\]]+ [+-]?= "
     r"|^\s*(def|class|import|from|return|elif|else:|for|while|#include|@)\b"
 )
 

@@ -53,7 +53,7 @@ __all__ = ["Batch", "Corpus", "HubUnreachable", "PackedBatches", "parse_source",
 VERSION = 1  # raised when documents are chosen, cut or stored in another way, so that files are made anew
 CACHE = Path(__file__).resolve().parent / "cache"
 TOKENIZER_BYTES = 8_000_000  # of text to train a tokenizer on: with more, few merges change
-CHUNK = 500_000  # characters tokenised at a time
+CHUNK = 500_000  # characters tokenised at a time, at most
 
 
 class Processes(Protocol):
@@ -246,8 +246,9 @@ def byte_length(text: str) -> int:
 class TokenWriter:
     """Appends documents to NAME.SPLIT.bin and, when closed, writes their lengths to NAME.SPLIT.npy."""
 
-    def __init__(self, stem: Path, tokenizer: Tokenizer) -> None:
-        self.stem, self.tokenizer = stem, tokenizer
+    def __init__(self, stem: Path, tokenizer: Tokenizer, chunk: int = CHUNK) -> None:
+        """chunk: characters tokenised at a time."""
+        self.stem, self.tokenizer, self.chunk = stem, tokenizer, chunk
         self.prefix = [] if tokenizer.bos_id in (None, tokenizer.eos_id) else [tokenizer.bos_id]
         self.file = open(f"{stem}.bin", "wb")
         self.hash = hashlib.sha256()
@@ -259,7 +260,7 @@ class TokenWriter:
         self.waiting.append(text)
         self.waiting_length += len(text)
         self.bytes += byte_length(text)
-        if self.waiting_length > CHUNK:
+        if self.waiting_length > self.chunk:
             self.flush()
 
     def flush(self) -> None:
@@ -301,9 +302,12 @@ def build(
     """
     rules = Filters(evaluation_texts(choice.decontaminate), choice.languages)
     entries = []
+    chunk = min(CHUNK, choice.max_tokens or CHUNK)
     for source in (*validation, *sources):
         splits = ("val",) if source in validation else ("train",) if validation else ("train", "val")
-        writers = {split: TokenWriter(folder / f"{source.name}.{split}", tokenizer) for split in splits}
+        writers = {
+            split: TokenWriter(folder / f"{source.name}.{split}", tokenizer, chunk) for split in splits
+        }
         rules.start_source()
         fill(writers, source, rules, choice)
         told = {split: writer.close() for split, writer in writers.items()}

@@ -17,7 +17,7 @@ from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from core.config import UserError
+from core.config import UsageError, UserError
 from data.tokenizer import (
     GPT2_PATTERN,
     PATTERN,
@@ -28,6 +28,7 @@ from data.tokenizer import (
     apply_merges,
     extend_tokenizer,
     load_tokenizer,
+    main,
     to_chars,
     train_tokenizer,
 )
@@ -502,29 +503,36 @@ def test_damaged_vocabulary_is_not_saved(ours: BytePairTokenizer, tmp_path: Path
 # Command line
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "data/tokenizer.py", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def command(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["data/tokenizer.py", *arguments])
+        main()
 
-
-def test_commands(tmp_path: Path) -> None:
     (tmp_path / "en.txt").write_text(ENGLISH)
     (tmp_path / "zh.jsonl").write_text(json.dumps({"text": CHINESE}))
-    made = command(
-        "train", "--data", str(tmp_path / "en.txt"), "--vocab_size", "350", "--out", str(tmp_path / "a")
-    )
-    assert made.returncode == 0 and "350 ids" in made.stdout, made.stderr
+    command("train", "--data", str(tmp_path / "en.txt"), "--vocab_size", "350", "--out", str(tmp_path / "a"))
+    assert "350 ids" in capsys.readouterr().out
     options = ("--tokenizer", str(tmp_path / "a"), "--data", str(tmp_path / "zh.jsonl"), "--n_merges", "20")
-    made = command("extend", *options, "--out", str(tmp_path / "b"))
-    assert made.returncode == 0, made.stderr
+    command("extend", *options, "--out", str(tmp_path / "b"))
     assert load_tokenizer(tmp_path / "b").vocab_size == 370
-    for arguments, code in (
-        (("trane",), 2),
-        (("train", "--vocab", "9"), 2),
-        (("train", "--data", "nowhere", "--out", "x"), 2),
+    for wrong in (
+        ("trane",),
+        ("train", "--vocab", "9"),
+        ("train", "--data", "nowhere", "--out", "x"),
+        ("extend",),
     ):
-        wrong = command(*arguments)
-        assert (
-            wrong.returncode == code and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
-        )
+        with pytest.raises(UsageError):
+            command(*wrong)
+    (tmp_path / "zh.jsonl").write_text("broken")
+    with pytest.raises(UserError, match="zh.jsonl:1: "):
+        command("train", "--data", str(tmp_path / "zh.jsonl"), "--out", str(tmp_path / "c"))
+
+
+def test_command_as_a_script() -> None:
+    line = [sys.executable, "data/tokenizer.py", "trane"]
+    wrong = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert (
+        wrong.returncode == 2
+        and wrong.stderr.startswith("error: expected `train`")
+        and wrong.stderr.count("\n") == 1
+    )
