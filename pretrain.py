@@ -13,6 +13,7 @@ preset that fills it.
 """
 
 import math
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -117,14 +118,12 @@ def plan_phases(config: Config) -> list[Phase]:
     """Moxin's schedule of contexts and mixtures. Without --phases, one phase of --steps."""
     phases, first = [], 0
     for text in config.phases or (f"{config.steps}@{config.seq_len}",):
-        steps, seq_len, *data = text.split("@")
-        require(
-            steps.isdecimal() and seq_len.isdecimal(),
-            f"--phases {text!r}: expected STEPS@SEQ_LEN[@DATA+DATA]",
-        )
+        match = re.fullmatch(r"(\d+)@(\d+)(?:@(.+))?", text)
+        require(match is not None, f"--phases {text!r}: expected STEPS@SEQ_LEN[@DATA+DATA]")
+        steps, seq_len, data = match.groups()
         rows, rest = divmod(config.batch_size * config.seq_len, int(seq_len))
         require(rows > 0 and rest == 0, f"--phases {text!r}: {seq_len} does not divide a step's tokens")
-        sources = tuple(data[0].split("+")) if data else config.data
+        sources = tuple(data.split("+")) if data else config.data
         phases.append(Phase(first, int(steps), int(seq_len), rows, sources))
         first += int(steps)
     require(first == config.steps, f"--phases have {first} steps in all, --steps says {config.steps}")
@@ -164,7 +163,9 @@ def model_shape(config: Config, vocab_size: int) -> Shape:
     }
     shape = SHAPES[config.model]
     if config.dim or config.heads:
-        changes["head_dim"] = (config.dim or shape.dim) // (config.heads or shape.heads)
+        dim, heads = config.dim or shape.dim, config.heads or shape.heads
+        require(dim % heads == 0, f"--dim {dim} must be a multiple of --heads {heads}")
+        changes["head_dim"] = dim // heads
     longest = max(phase.seq_len for phase in plan_phases(config))
     try:
         return replace(shape, **changes, vocab_size=vocab_size, max_seq_len=max(shape.max_seq_len, longest))
