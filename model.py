@@ -104,19 +104,25 @@ def make_norm(config: Config) -> nn.Module:
 
 
 def rotary_tables(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency (Su et al. 2021, eq. 15): [T] or [B, T] -> 2 x [.., T, 1, R/2]."""
+    """cos and sin of position x frequency (Su et al. 2021, eq. 15): [T] or [B, T] -> 2 x [.., T, 1, R].
+
+    The two halves of R are for the two members of a pair; the sine of the first is negative.
+    """
     even = torch.arange(0, config.rotary, 2, device=positions.device, dtype=torch.float32)
     angles = positions[..., None].float() * config.rope_theta ** -(even / config.rotary)
-    return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+    cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each pair (i, i + R/2) of the first R dimensions by its angle; x [B, T, heads, D], computed in
-    float32."""
+    """Rotate each pair (i, i + R/2) of the first R dimensions by its angle; x [B, T, heads, D].
+
+    (a, b) -> (a, b) cos + (b, a) (-sin, sin), in float32 and in few passes over memory.
+    """
     cos, sin = rope
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    width = cos.shape[-1]
+    pairs, rest = x[..., :width].float(), x[..., width:]
+    turned = torch.addcmul(pairs * cos, pairs.roll(width // 2, -1), sin).to(x.dtype)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 

@@ -1,11 +1,11 @@
-"""Sampling from a model: key/value cache, batched decoding with slot refill, streaming.
+"""Sampling from a model: many prompts and samples in one batch, slots refilled as answers end.
 
 A batch is a set of slots. Prompts are prefilled once, however many samples they have; every decoding step
 advances all occupied slots by one token; a slot whose sample has ended takes the next one in the queue.
 
-Each sample draws from its own stream of uniform numbers, a function of (seed, prompt index, sample index,
-step), by inverting the cumulative distribution. So a completion does not depend on what else is in the batch,
-on its order or on the batch size.
+Each sample draws from its own stream of uniform numbers, a function of (seed, prompt index, sample index), by
+inverting the cumulative distribution. So a completion does not depend on what else is in the batch, on its
+order or on the batch size.
 """
 
 import hashlib
@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.config import UserError
-from kernels import attention, make_bounds
-from model import Config, Transformer
+from core.decode import Cache, Decoder, Prefill
+from model import Transformer
 
 PREFILL_TOKENS = 16_384  # most tokens, padding included, in one prefill forward
 
@@ -43,9 +42,7 @@ class Sampling:
     top_p: float = 1.0  # the smallest set of most probable tokens that holds this much; 1 = all
     top_k: int = 0  # this many most probable tokens; 0 = all
     min_p: float = 0.0  # tokens at least this fraction as probable as the best; 0 = all
-    repetition_penalty: float = (
-        1.0  # divides positive and multiplies negative logits of tokens seen (Keskar et al. 2019)
-    )
+    repetition_penalty: float = 1.0  # lowers the logits of tokens seen (Keskar et al. 2019); 1 = none
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
 
@@ -59,74 +56,6 @@ class Sampling:
         ):
             if not valid:
                 raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
-
-
-# The cache
-
-
-class Prefill:
-    """A cache that only remembers: prompts attend to themselves; their keys and values are kept."""
-
-    def __init__(self, config: Config, length: int, device: torch.device) -> None:
-        window = config.sliding_window if config.sliding_window < length else 0
-        self.bounds = make_bounds(length, window=window, device=device) if window else None
-        self.layers: list[tuple[Tensor, Tensor]] = []  # of k, v [B, T, KV, D]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.layers.append((k, v))
-        return attention(q, k, v, bounds=self.bounds)
-
-
-class Cache:
-    """Keys and values of `slots` sequences, in each layer [slots, capacity, KV, D], after rotation.
-
-    Position p lives at p % capacity. With a sliding window the capacity is at most the window, and each new
-    key replaces the one that has just left it (a rolling buffer: Mistral 7B, arXiv 2310.06825, section 2).
-    """
-
-    def __init__(self, like: Prefill, slots: int, capacity: int) -> None:
-        self.slots, self.capacity = slots, capacity
-        self.layers = [[x.new_zeros(slots, capacity, *x.shape[2:]) for x in pair] for pair in like.layers]
-
-    def insert(self, slot: int, prefill: Prefill, row: int, length: int) -> None:
-        """Copy the last positions of a prefilled prompt into a slot."""
-        first = max(0, length - self.capacity)
-        places = torch.arange(first, length, device=self.layers[0][0].device) % self.capacity
-        for own, new in zip(self.layers, prefill.layers, strict=True):
-            for target, source in zip(own, new, strict=True):
-                target[slot].index_copy_(0, places, source[row, first:length])
-
-    def move(self, source: int, target: int) -> None:
-        for pair in self.layers:
-            for x in pair:
-                x[target] = x[source]
-
-    def begin_step(self, positions: Tensor, used: int) -> None:
-        """Before a step of the first n slots: their positions [n], and the most places that one fills."""
-        rows = torch.arange(len(positions), device=positions.device)
-        self.places = rows * self.capacity + positions % self.capacity  # [n], in the flattened cache
-        self.used = used
-        unfilled = torch.arange(used, device=positions.device) > positions[:, None]
-        self.mask = None  # one slot alone fills all that is used
-        if len(positions) > 1:
-            mask = torch.zeros(unfilled.shape, dtype=self.layers[0][0].dtype, device=positions.device)
-            self.mask = mask.masked_fill_(unfilled, float("-inf"))[:, None, None]  # [n, 1, 1, used]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One query a slot, q [n, 1, H, D], over the slot's keys, the new one included; returns like q."""
-        n, _, heads, width = q.shape
-        kv_heads = k.shape[2]
-        keys, values = self.layers[layer]
-        keys.view(-1, kv_heads, width).index_copy_(0, self.places, k[:, 0])
-        values.view(-1, kv_heads, width).index_copy_(0, self.places, v[:, 0])
-        # The query heads of a group stand as queries of their shared key head: [n, KV, H / KV, D].
-        out = F.scaled_dot_product_attention(
-            q.view(n, kv_heads, heads // kv_heads, width),
-            keys[:n, : self.used].transpose(1, 2),
-            values[:n, : self.used].transpose(1, 2),
-            attn_mask=self.mask,
-        )
-        return out.view(n, 1, heads, width)
 
 
 # The distribution
@@ -146,9 +75,7 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
         logits = logits.masked_fill(logits < worst, float("-inf"))
     if sampling.top_p < 1:
         ordered, order = logits.sort(descending=True, stable=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(
-            -1
-        )  # mass of the tokens more probable than this
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the tokens more probable
         excluded = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before >= sampling.top_p)
         logits = logits.masked_fill(excluded, float("-inf"))
     if sampling.min_p:
@@ -157,26 +84,21 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
     return logits.log_softmax(-1)
 
 
-def stream_key(seed: int, prompt: int, sample: int) -> int:
-    """The int64 that names a sample's stream of uniform numbers."""
-    digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+def uniforms(seed: int, prompt: int, sample: int, count: int) -> Tensor:
+    """The first numbers of a sample's stream, in (0, 1), float64 [count] (SplitMix64, Steele et al. 2014).
 
-
-def uniforms(keys: Tensor, steps: Tensor) -> Tensor:
-    """Numbers in (0, 1), float64: element `steps` of the streams `keys` (SplitMix64, Steele et al. 2014).
-
-    In int64 arithmetic, which wraps; the constants are its three odd 64-bit ones, as signed numbers.
+    In int64 arithmetic, which wraps; the constants are its three odd 64-bit ones, written as signed numbers.
     """
+    digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
+    start = int.from_bytes(digest, "little", signed=True)
 
     def shifted(x: Tensor, bits: int) -> Tensor:
         return (x >> bits) & ((1 << (64 - bits)) - 1)
 
-    z = keys + (steps + 1) * -7046029254386353131
+    z = start + torch.arange(1, count + 1) * -7046029254386353131
     z = (z ^ shifted(z, 30)) * -4658895280553007687
     z = (z ^ shifted(z, 27)) * -7723592293110705685
-    z = z ^ shifted(z, 31)
-    return (shifted(z, 11).double() + 0.5) * 2.0**-53
+    return (shifted(z ^ shifted(z, 31), 11).double() + 0.5) * 2.0**-53
 
 
 def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
@@ -202,8 +124,9 @@ class Slot:
     completion: Completion = field(default_factory=Completion)
 
 
-class Sampler:
-    """A batch: a cache and, on the device, each slot's last token, its position, stream and step."""
+class Batch:
+    """The slots, and on the device each slot's last token, its position, and its stream of uniform
+    numbers."""
 
     def __init__(
         self,
@@ -217,7 +140,10 @@ class Sampler:
         tokenizer: Any,
     ) -> None:
         self.model, self.prompts, self.sampling, self.tokenizer = model, prompts, sampling, tokenizer
+        self.max_new_tokens, self.seed = max_new_tokens, seed
         self.device = next(model.parameters()).device
+        # The GPU is asked for its tokens only now and then; what a slot draws after its end is dropped.
+        self.stride = 16 if self.device.type == "cuda" else 1
         config = model.config
         for number, prompt in enumerate(prompts):
             if not prompt:
@@ -227,74 +153,65 @@ class Sampler:
                     f"prompt {number} has ids outside 0..{config.vocab_size - 1}: wrong tokenizer?"
                 )
             if len(prompt) >= config.max_seq_len and not config.sliding_window:
-                raise UserError(
-                    f"prompt {number} has {len(prompt)} tokens, which fill the model's context of "
-                    f"{config.max_seq_len}: shorten it"
-                )
-        # Past the window nothing is attended to, so a model that has one can go on for ever.
+                reason = f"{len(prompt)} tokens fill the model's context of {config.max_seq_len}"
+                raise UserError(f"prompt {number}: {reason}; shorten it")
+        # Past its window a model attends to nothing, so one that has a window can go on for ever.
         self.limit = max(map(len, prompts)) + max_new_tokens
         if not config.sliding_window:
             self.limit = min(self.limit, config.max_seq_len)
         self.capacity = min(self.limit, config.sliding_window or self.limit)
         self.vocab_size = min(config.vocab_size, tokenizer.vocab_size) if tokenizer else config.vocab_size
-        self.max_new_tokens, self.seed = max_new_tokens, seed
         self.queue = deque((p, s) for p in range(len(prompts)) for s in range(num_samples))
-        self.slots: list[Slot | None] = [None] * min(max_batch, len(self.queue))
-        self.prefilled: dict[
-            int, tuple[Prefill, int, Tensor]
-        ] = {}  # prompt -> where, which row, last logits [V]
-        self.cache: Cache | None = None
-        n = len(self.slots)
-        self.tokens, self.positions, self.keys, self.steps = torch.zeros(
-            4, n, dtype=torch.long, device=self.device
-        )
+        self.prefilled: dict[int, tuple[Prefill, int, Tensor]] = {}  # prompt -> where, row, last logits [V]
+        self.decoder: Decoder | None = None
+        n = min(max_batch, len(self.queue))
+        self.slots: list[Slot | None] = [None] * n
+        self.refill = max(1, n // 8)  # free slots worth a prefill
+        self.tokens, self.positions, self.steps = torch.zeros(3, n, dtype=torch.long, device=self.device)
+        self.uniforms = torch.zeros(n, max_new_tokens + self.stride, dtype=torch.double, device=self.device)
         penalise = sampling.repetition_penalty != 1
         self.seen = (
             torch.zeros(n, self.vocab_size, dtype=torch.bool, device=self.device) if penalise else None
         )
 
     @torch.no_grad()
-    def run(self) -> Iterator[tuple[Slot, int]]:
-        """Yields (slot, token) for every token drawn; the slot's completion holds it already."""
-        # The GPU is asked for its tokens only now and then; what a slot draws after its end is dropped.
-        stride = 16 if self.device.type == "cuda" else 1
+    def run(self) -> Iterator[Slot]:
+        """Yields the slot of every token drawn, the token being the last of the slot's completion."""
         while True:
+            # Prompts are read a few at a time, which is cheaper than one by one.
             free = [row for row, slot in enumerate(self.slots) if slot is None]
-            if free and self.queue:
+            if self.queue and len(free) >= min(self.refill, len(self.queue)):
                 yield from self.admit(free)
                 continue
             self.compact()
-            active = sum(slot is not None for slot in self.slots)
+            active = len(self.slots) - len(free)
             if not active:
                 return
-            used = max(slot.length for slot in self.slots[:active]) + stride - 1
-            drawn = [self.step(active, min(used, self.capacity)) for _ in range(stride)]
+            used = max(slot.length for slot in self.slots[:active]) + self.stride - 1
+            drawn = [self.step(active, min(used, self.capacity)) for _ in range(self.stride)]
             tokens, logprobs = (torch.stack(x).tolist() for x in zip(*drawn, strict=True))
             for step_tokens, step_logprobs in zip(tokens, logprobs, strict=True):
                 for row in range(active):
                     if self.slots[row] is not None:
                         yield self.record(row, step_tokens[row], step_logprobs[row])
 
-    def admit(self, free: list[int]) -> Iterator[tuple[Slot, int]]:
+    def admit(self, free: list[int]) -> Iterator[Slot]:
         """Give the free rows to the next samples in the queue and draw their first tokens."""
         new = [self.queue.popleft() for _ in free[: len(self.queue)]]
         self.prefill(sorted({p for p, _ in new} - self.prefilled.keys(), key=lambda p: len(self.prompts[p])))
         rows = free[: len(new)]
         for row, (p, s) in zip(rows, new, strict=True):
-            length = len(self.prompts[p])
-            end = min(length + self.max_new_tokens, self.limit)
-            self.slots[row] = Slot(p, s, length, end)
             prefill, line, _ = self.prefilled[p]
-            self.cache.insert(row, prefill, line, length)
+            length = len(self.prompts[p])
+            self.slots[row] = Slot(p, s, length, min(length + self.max_new_tokens, self.limit))
+            self.decoder.cache.insert(row, prefill, line, length)
+            self.positions[row], self.steps[row] = length - 1, 0
+            self.uniforms[row] = uniforms(self.seed, p, s, self.uniforms.shape[1])
             if self.seen is not None:
                 self.seen[row] = False
                 self.seen[row, torch.tensor(self.prompts[p], device=self.device)] = True
-        index = torch.tensor(rows, device=self.device)
-        self.positions[index] = torch.tensor([len(self.prompts[p]) - 1 for p, _ in new], device=self.device)
-        self.keys[index] = torch.tensor([stream_key(self.seed, p, s) for p, s in new], device=self.device)
-        self.steps[index] = 0
         logits = torch.stack([self.prefilled[p][2] for p, _ in new])
-        tokens, logprobs = self.draw(logits, index)
+        tokens, logprobs = self.draw(logits, torch.tensor(rows, device=self.device))
         waiting = {p for p, _ in self.queue}
         self.prefilled = {p: entry for p, entry in self.prefilled.items() if p in waiting}
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
@@ -307,42 +224,37 @@ class Sampler:
             while count < len(prompts) and (count + 1) * len(self.prompts[prompts[count]]) <= PREFILL_TOKENS:
                 count += 1
             batch, prompts = prompts[:count], prompts[count:]
-            lengths = torch.tensor([len(self.prompts[p]) for p in batch], device=self.device)
-            padded = torch.zeros(count, int(lengths.max()), dtype=torch.long, device=self.device)
-            for row, p in zip(padded, batch, strict=True):
-                row[: len(self.prompts[p])] = torch.tensor(self.prompts[p])
+            rows = [torch.tensor(self.prompts[p]) for p in batch]
+            padded = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)  # [B, T]
             prefill = Prefill(self.model.config, padded.shape[1], self.device)
             hidden = self.model.hidden_states(padded, cache=prefill)
-            logits = self.model.head(hidden[torch.arange(count, device=self.device), lengths - 1])
+            last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
+            logits = self.model.head(hidden[torch.arange(count, device=self.device), last])
             for line, p in enumerate(batch):
                 self.prefilled[p] = (prefill, line, logits[line])
-            if self.cache is None:
-                self.cache = Cache(prefill, len(self.slots), self.capacity)
+            if self.decoder is None:
+                self.decoder = Decoder(self.model, Cache(prefill, len(self.slots), self.capacity))
 
     def step(self, n: int, used: int) -> tuple[Tensor, Tensor]:
         """Advance the first n slots by one token. Returns tokens [n] and log-probabilities [n]."""
-        self.cache.begin_step(self.positions[:n], used)
-        hidden = self.model.hidden_states(
-            self.tokens[:n, None], positions=self.positions[:n, None], cache=self.cache
-        )
-        return self.draw(self.model.head(hidden[:, 0]), slice(0, n))
+        return self.draw(self.decoder(self.tokens[:n], self.positions[:n], used), slice(0, n))
 
     def draw(self, logits: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Sample the rows' next tokens from logits [n, V] and move their state on by one."""
         seen = None if self.seen is None else self.seen[rows]
         logprobs = distribution(logits[:, : self.vocab_size], self.sampling, seen)
         if self.sampling.temperature > 0:
-            tokens = draw(logprobs, uniforms(self.keys[rows], self.steps[rows]))
+            tokens = draw(logprobs, self.uniforms[rows].gather(1, self.steps[rows, None]).squeeze(1))
         else:
             tokens = logprobs.argmax(-1)
         self.tokens[rows] = tokens
         self.positions[rows] += 1
         self.steps[rows] += 1
         if seen is not None:
-            self.seen[rows] = seen.scatter_(-1, tokens[:, None], True)
+            self.seen[rows] = seen.scatter(-1, tokens[:, None], True)
         return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
-    def record(self, row: int, token: int, logprob: float) -> tuple[Slot, int]:
+    def record(self, row: int, token: int, logprob: float) -> Slot:
         """Append a token to its completion; frees the slot where that ends it."""
         slot, sampling = self.slots[row], self.sampling
         slot.length += 1
@@ -355,13 +267,12 @@ class Sampler:
             done.finish_reason = "length" if len(done.tokens) == self.max_new_tokens else "context"
         if done.finish_reason:
             self.slots[row] = None
-        return slot, token
+        return slot
 
     def ends_with_stop(self, tokens: list[int]) -> bool:
         longest = max(len(stop.encode()) for stop in self.sampling.stop_strings)
-        tail = self.tokenizer.decode_bytes(
-            tokens[-longest - 8 :]
-        )  # special tokens aside, each is a byte or more
+        # Special tokens aside, a token is a byte or more.
+        tail = self.tokenizer.decode_bytes(tokens[-longest - 8 :])
         return any(stop.encode() in tail for stop in self.sampling.stop_strings)
 
     def compact(self) -> None:
@@ -370,8 +281,8 @@ class Sampler:
         holes = [row for row in range(active) if self.slots[row] is None]
         tail = [row for row in range(active, len(self.slots)) if self.slots[row] is not None]
         for hole, row in zip(holes, tail, strict=True):
-            self.cache.move(row, hole)
-            for state in (self.tokens, self.positions, self.keys, self.steps, self.seen):
+            self.decoder.cache.move(row, hole)
+            for state in (self.tokens, self.positions, self.steps, self.uniforms, self.seen):
                 if state is not None:
                     state[hole] = state[row]
             self.slots[hole], self.slots[row] = self.slots[row], None
@@ -407,7 +318,7 @@ def generate(
         return done
     if stop_strings and tokenizer is None:
         raise UserError("stop_strings need the tokenizer")
-    sampler = Sampler(model, prompts, sampling, max_new_tokens, num_samples, seed, max_batch, tokenizer)
-    for slot, _ in sampler.run():
+    batch = Batch(model, prompts, sampling, max_new_tokens, num_samples, seed, max_batch, tokenizer)
+    for slot in batch.run():
         done[slot.prompt][slot.sample] = slot.completion
     return done

@@ -1,8 +1,9 @@
 """Compile Triton kernels for GPUs that are not there, and read what came out.
 
-`pretend(80)` makes Triton believe in an A100 and so on: an ordinary call of an ordinary wrapper with CPU tensors then
-specialises and compiles each kernel as it would on that GPU, launches nothing, and `compiled(kernel)` returns the
-results. `inspect_sass` disassembles one of them with the tools that Triton ships.
+`pretend(80)` makes Triton believe in an A100 and so on: an ordinary call of an ordinary wrapper with CPU
+tensors then specialises and compiles each kernel as it would on that GPU, launches nothing, and
+`compiled(kernel)` returns the results. `inspect_sass` disassembles one of them with the tools that Triton
+ships.
 """
 
 import re
@@ -16,10 +17,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import ty_to_cpp
+from triton.compiler.compiler import max_shared_mem
 from triton.runtime import driver
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Bytes of shared memory that one block may use: CUDA programming guide, table of compute capabilities; CDNA3 manual.
+# Bytes of shared memory that one block may use: CUDA programming guide, table of compute capabilities; CDNA3
+# manual.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
 
 
@@ -30,9 +33,15 @@ class _Utilities:
         self.architecture = architecture
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_MEMORY[self.architecture], "multiprocessor_count": 132, "warpSize": 32}
+        return {
+            "max_shared_mem": SHARED_MEMORY[self.architecture],
+            "multiprocessor_count": 132,
+            "warpSize": 32,
+        }
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+    def load_binary(
+        self, name: str, binary: bytes, shared: int, device: int
+    ) -> tuple[int, int, int, int, int]:
         return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads in a block
 
 
@@ -66,6 +75,7 @@ class _Driver:
 def pretend(architecture: int | str) -> None:
     """From now on Triton compiles for this architecture: 90 for sm_90, or an AMD name such as gfx942."""
     driver.set_active(_Driver(architecture))
+    max_shared_mem.cache_clear()  # remembered by device number, and ours is always 0
 
 
 def compiled(kernel: triton.JITFunction) -> list[triton.compiler.CompiledKernel]:
@@ -89,7 +99,9 @@ class Sass:
 
     def hot_loop(self) -> Counter[str]:
         """The loop of tiles that need no mask: the shortest of those that use the tensor cores."""
-        return min((loop for loop in self.loops if tensor_core_instructions(loop)), key=lambda loop: loop.total())
+        return min(
+            (loop for loop in self.loops if tensor_core_instructions(loop)), key=lambda loop: loop.total()
+        )
 
 
 def tensor_core_instructions(opcodes: Counter[str]) -> int:
@@ -125,7 +137,9 @@ def inspect_sass(kernel: triton.compiler.CompiledKernel) -> Sass:
                 branches.append((len(instructions), branch[1]))
             instructions.append((int(instruction[1], 16), instruction[2]))
     spans = [(labels[name], end) for end, name in branches if labels[name] < end]
-    innermost = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
+    innermost = [
+        (a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)
+    ]
     names = [name for _, name in instructions]
     return Sass(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),

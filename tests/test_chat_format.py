@@ -18,9 +18,9 @@ from data.chat import (
     Rendered,
     chat_template,
     fit,
-    pack,
     render,
 )
+from data.packing import pack
 from data.readers import convert, read_conversations, records
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -298,7 +298,7 @@ def gpt2(real_data: Path) -> Tokenizer:
 def test_real_moss_files_render_as_the_published_code_does(real_data: Path, gpt2: Tokenizer) -> None:
     """Ids and mask of every file against the published procedure: fields tokenised one by one, Results masked
     from its fifth token to its last but two, the meta-instruction masked."""
-    files = list(records(real_data / "moss_sft"))
+    files = list(records(str(real_data / "moss_sft")))
     reading = read_conversations(real_data / "moss_sft", keep_noisy=True)
     assert len(reading.conversations) == len(files)
     markers = re.compile("(<eo[htcrm]>)")
