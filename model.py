@@ -551,16 +551,19 @@ class Projector(nn.Module):
         return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(features)))))
 
 
-class VLM(Transformer):
-    """A language model some of whose tokens are patches of a picture.
+PATCH = -1  # stands in a sequence of token ids for one patch of a picture; no tokenizer and no sampler yields it
 
-    `image_token` marks the places: a picture of N patches takes N of them, and the n-th marked place gets the
-    n-th patch. Everything else, causal attention and positions included, is as for text.
+
+class VLM(Transformer):
+    """A language model that sees: where its tokens say PATCH, a patch of a picture takes the place of a word.
+
+    A picture of N patches takes N places; places and patches are matched in order. Everything else, causal
+    attention and positions included, is as for text.
     """
 
-    def __init__(self, config: Config, vision_dim: int, image_token: int, seed: int = 0) -> None:
+    def __init__(self, config: Config, vision_dim: int, seed: int = 0) -> None:
         super().__init__(config, seed)
-        self.vision_dim, self.image_token = vision_dim, image_token
+        self.vision_dim = vision_dim
         self.projector = Projector(vision_dim, config.dim)
         if not self.embed.weight.is_meta:
             self.init_weights(seed)
@@ -579,13 +582,13 @@ class VLM(Transformer):
         """tokens [B, T] and features [pictures, patches, vision_dim] -> embeddings [B, T, dim].
 
         Raises:
-            ValueError: if the marked places are not as many as the patches.
+            ValueError: if there are not as many places as patches.
         """
-        embeddings = self.embed(tokens)
-        places = tokens == self.image_token
-        marked, patches = int(places.sum()), 0 if features is None else features.shape[:2].numel()
-        if marked != patches:
-            raise ValueError(f"{marked} image tokens for {patches} patches")
+        places = tokens == PATCH
+        embeddings = self.embed(tokens.masked_fill(places, 0))
+        wanted, patches = int(places.sum()), 0 if features is None else features.shape[:2].numel()
+        if wanted != patches:
+            raise ValueError(f"{wanted} places for {patches} patches")
         if features is None or not patches:
             # Another process may have a picture: without a gradient here, their collectives would not match.
             return embeddings + 0 * self.projector(embeddings.new_zeros(1, self.vision_dim)).sum()
@@ -601,11 +604,7 @@ class VLM(Transformer):
         embeddings: Tensor | None = None,
         features: Tensor | None = None,
     ) -> Tensor:
-        """As Transformer's; `features` [pictures, patches, vision_dim] of the VisionTower go where tokens
-        say.
-
-        With a cache and no features the tokens continue a sequence, and all of them are text.
-        """
-        if embeddings is None and (cache is None or features is not None):
+        """As Transformer's; `features` [pictures, patches, vision_dim] come from the VisionTower."""
+        if embeddings is None:
             embeddings = self.splice(tokens, features)
         return super().hidden_states(tokens, bounds, positions, cache, embeddings)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from core.config import UserError
+from core.vision_checkpoint import load_vision_encoder as load_vision_encoder  # offered here too
 from model import Config, Transformer
 
 SHARD_BYTES = 5_000_000_000

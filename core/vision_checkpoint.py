@@ -7,10 +7,10 @@ and `encoder.layer.0.attention.q_proj` of version 5 alike; SigLIP with or withou
 own.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def build(
     shape = {own: tensors[name].shape for own, name in names.items() if own.count(".") < 3 or ".0." in own}
     config = infer_config(source, shape, names, layout, published)
     try:
-        config = dataclasses.replace(config, **changes)
+        config = replace(config, **changes)
     except TypeError as error:
         raise UserError(f"load_vision_encoder: {error}") from None
 
@@ -240,7 +240,7 @@ def infer_config(
     """The encoder's shape from its tensors; what they cannot tell (heads, activation, pixels) from
     config.json."""
     if published.get("model_type") == "nanomoxin-vision":
-        values = {field.name: published[field.name] for field in dataclasses.fields(VisionConfig)}
+        values = {field.name: published[field.name] for field in fields(VisionConfig)}
         return VisionConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
     published = {**published, **published.get("vision_config", {}), **published.get("model_args", {})}
     pixels = published.get("pretrained_cfg", {})  # timm
@@ -310,5 +310,5 @@ def save_vision_encoder(encoder: VisionEncoder, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    described = {"model_type": "nanomoxin-vision", **dataclasses.asdict(encoder.config)}
+    described = {"model_type": "nanomoxin-vision", **asdict(encoder.config)}
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")

@@ -19,6 +19,7 @@ import re
 import sys
 import tarfile
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,10 @@ from core.config import UserError
 MAX_PIXELS = 89_478_485  # Pillow's own limit, 0.25 GiB as RGB; a file of 11 kB can claim more
 FORMATS = "JPEG PNG GIF WEBP BMP TIFF PPM ICO TGA".split()  # no EPS: that would start Ghostscript
 IMAGE = "<image>"  # where a picture stands, in LLaVA's files
+
+# Pillow warns of odd metadata and of large pictures; the pixels decide, and too large is an error here.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 Source = Path | bytes | Image.Image
 Resize = Literal["naive", "crop", "letterbox"]
@@ -69,13 +74,12 @@ def load_picture(source: Source, turn_upright: bool = True) -> Image.Image:
             return to_rgb(source)
         if isinstance(source, Path) and not source.is_file():  # a pipe or a device would block for ever
             raise FileNotFoundError("no such file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning)  # odd metadata: the pixels decide
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
-            with Image.open(file, formats=FORMATS) as image:
-                image.load()
-                return to_rgb(ImageOps.exif_transpose(image) if turn_upright else image)
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image) if turn_upright else image)
     # Pillow's readers meet broken bytes with almost any exception: OSError, SyntaxError, struct.error ...
     except Exception as error:
         raise BadPicture(f"{name}: {reason(error)}") from error
@@ -83,7 +87,7 @@ def load_picture(source: Source, turn_upright: bool = True) -> Image.Image:
 
 def reason(error: Exception) -> str:
     """Why a picture could not be read, short enough for a log and the same for the same kind of damage."""
-    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+    if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS:,} pixels"
     if isinstance(error, Image.UnidentifiedImageError):
         return "not a picture in a known format"
@@ -171,6 +175,7 @@ class Row:
 
     messages: list[dict[str, Any]]
     pictures: list[Source] = field(default_factory=list)
+    number: int = 0  # in its data set
 
 
 def parse_row(record: Any, find: Callable[[str], Source]) -> Row:
@@ -217,8 +222,9 @@ def parse_row(record: Any, find: Callable[[str], Source]) -> Row:
 class Rows:
     """A data set whose rows are read when they are asked for.
 
-    Subclasses give `record(i)`, `find(name)` and `where(i)`. Broken rows and pictures are named once on
-    stderr, counted in `bad`, and replaced by `fetch`; more than `max_bad` of all rows is an error.
+    Subclasses give `record(i)`, `find(name)`, `where(i)` and `fingerprint()`. Broken rows and pictures are
+    named once on stderr, counted in `bad`, and replaced by `fetch`; more than `max_bad` of all rows is an
+    error.
     """
 
     def __init__(self, length: int, seed: int = 0, max_bad: float = 0.01) -> None:
@@ -237,9 +243,15 @@ class Rows:
     def where(self, i: int) -> str:
         raise NotImplementedError
 
+    def fingerprint(self) -> Any:
+        """What changes when the data set does."""
+        raise NotImplementedError
+
     def row(self, i: int) -> Row:
         """Row i with its pictures still unopened. Raises BadRow."""
-        return parse_row(self.record(i), self.find)
+        row = parse_row(self.record(i), self.find)
+        row.number = i
+        return row
 
     def fetch(self, i: int, use: Callable[[Row], Any], like: Sequence[int] | None = None) -> Any:
         """`use(row i)`, or of a replacement where row i is broken.
@@ -321,6 +333,9 @@ class JsonRows(Rows):
     def where(self, i: int) -> str:
         return f"{self.path}:{self.line(self.spans[i, 0])}"
 
+    def fingerprint(self) -> list[int]:
+        return [len(self.text), zlib.crc32(self.text[: 1 << 20]), zlib.crc32(self.text[-(1 << 20) :])]
+
     def record(self, i: int) -> Any:
         start, end = self.spans[i]
         try:
@@ -362,6 +377,9 @@ class TarRows(Rows):
     def where(self, i: int) -> str:
         return f"{self.path}:{self.keys[i].lstrip('/')}"
 
+    def fingerprint(self) -> list[int]:
+        return [self.path.stat().st_size, zlib.crc32(repr(self.members).encode())]
+
     def read(self, key: str, suffix: str) -> bytes:
         offset, size = self.members[key][suffix]
         with open(self.path, "rb") as file:
@@ -387,6 +405,32 @@ class TarRows(Rows):
         folder, _, file = name.rpartition("/")
         key, _, suffix = file.partition(".")
         return self.read(f"{folder}/{key}", suffix)
+
+
+class JoinedRows(Rows):
+    """Several data sets one after another."""
+
+    def __init__(self, parts: list[Rows], seed: int = 0, max_bad: float = 0.01) -> None:
+        self.parts = parts
+        self.starts = np.cumsum([0] + [len(part) for part in parts])
+        super().__init__(int(self.starts[-1]), seed, max_bad)
+
+    def part(self, i: int) -> tuple[Rows, int]:
+        number = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return self.parts[number], i - int(self.starts[number])
+
+    def row(self, i: int) -> Row:
+        part, place = self.part(i)
+        row = part.row(place)
+        row.number = i
+        return row
+
+    def where(self, i: int) -> str:
+        part, place = self.part(i)
+        return part.where(place)
+
+    def fingerprint(self) -> list[Any]:
+        return [part.fingerprint() for part in self.parts]
 
 
 def open_rows(path: str | Path, folder: str | Path = "", seed: int = 0, max_bad: float = 0.01) -> Rows:

@@ -17,7 +17,17 @@ from core.vision_checkpoint import (
     resample_positions,
     save_vision_encoder,
 )
-from model import PRESETS, VISION_PRESETS, VLM, Config, VisionConfig, VisionEncoder, VisionTower, normalise
+from model import (
+    PATCH,
+    PRESETS,
+    VISION_PRESETS,
+    VLM,
+    Config,
+    VisionConfig,
+    VisionEncoder,
+    VisionTower,
+    normalise,
+)
 
 DINO = VisionConfig(image_size=56, dim=64, depth=3, heads=1, mlp=256)
 SIGLIP = VisionConfig(
@@ -248,7 +258,7 @@ def test_published_parameter_counts() -> None:
         larger = VisionEncoder(VISION_PRESETS["siglip-so400m-384"], upto=-1)
         used = [VisionEncoder(VISION_PRESETS[name]) for name in ("dinov2-large", "siglip-so400m-224")]
         tower = VisionTower(used)
-        vlm = VLM(replace(PRESETS["moxin-7b"], vocab_size=32_064), tower.dim, image_token=32_001)
+        vlm = VLM(replace(PRESETS["moxin-7b"], vocab_size=32_064), tower.dim)
     assert round((count(dino) + (37**2 - 16**2) * 1024) / 1e6, 1) == 304.4  # published for 37 x 37 patches
     assert round((count(siglip) + pooling(1152, 4304)) / 1e6, 1) == 427.7
     assert round((count(larger) + pooling(1152, 4304)) / 1e6, 1) == 428.2
@@ -304,7 +314,7 @@ def tiny_vlm(seed: int = 0) -> tuple[VLM, VisionTower]:
         [VisionEncoder(VISION_PRESETS[name], seed=seed) for name in ("dino-tiny", "siglip-tiny")]
     )
     config = Config(vocab_size=100, layers=2, dim=32, heads=2, kv_heads=1, head_dim=16, ffn_dim=64)
-    return VLM(config, tower.dim, image_token=99, seed=seed), tower
+    return VLM(config, tower.dim, seed=seed), tower
 
 
 def test_features_join_dino_then_siglip() -> None:
@@ -322,16 +332,16 @@ def test_features_join_dino_then_siglip() -> None:
 def test_pictures_go_where_the_tokens_say() -> None:
     vlm, _ = tiny_vlm()
     features = torch.randn(2, 4, 128)
-    tokens = torch.tensor([[1, 99, 99, 99, 99, 5, 6, 0], [7, 8, 99, 99, 99, 99, 9, 10]])
+    tokens = torch.tensor([[1, *[PATCH] * 4, 5, 6, 0], [7, 8, *[PATCH] * 4, 9, 10]])
     embeddings = vlm.splice(tokens, features)
     projected = vlm.projector(features)
     assert torch.allclose(embeddings[0, 1:5], projected[0]) and torch.allclose(
         embeddings[1, 2:6], projected[1]
     )
-    text = tokens != 99
-    assert torch.equal(embeddings[text], vlm.embed(tokens)[text])
+    text = tokens != PATCH
+    assert torch.equal(embeddings[text], vlm.embed(tokens[text]))
     for wrong in (features[:1], None, torch.randn(3, 4, 128)):
-        with pytest.raises(ValueError, match="image tokens"):
+        with pytest.raises(ValueError, match="places for"):
             vlm.splice(tokens, wrong)
     # Without a picture it is the language model itself.
     plain = torch.tensor([[1, 2, 3, 4]])
@@ -345,7 +355,7 @@ def test_a_picture_and_its_padding_do_not_touch_other_rows() -> None:
     """A text-only row, padded beside a row with a picture, has the loss that it has alone."""
     vlm, _ = tiny_vlm()
     features = torch.randn(1, 4, 128)
-    with_picture = torch.tensor([1, 99, 99, 99, 99, 5, 6, 2, 3])
+    with_picture = torch.tensor([1, *[PATCH] * 4, 5, 6, 2, 3])
     text = torch.tensor([1, 7, 8, 9])
     targets = [torch.tensor([-100] * 5 + [6, 2, 3, -100]), torch.tensor([7, 8, 9, -100])]
     alone = [

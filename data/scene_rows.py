@@ -1,0 +1,229 @@
+"""Questions and captions about drawn scenes, in English and Chinese, with exact answers.
+
+The default data of the vision stage: `core.scenes` draws what it describes, so every answer is known. Some
+pairs of colour and shape never occur in training; questions about them test whether the two were learned
+apart.
+
+    python data/scene_rows.py [COUNT]        prints some
+"""
+
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # run as a file: import from the repository, not from data/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from core.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Item, Language, Scene, describe, draw, random_scene
+from data.pictures import IMAGE, Rows, Source
+
+HELD_OUT = {("purple", "star"), ("yellow", "triangle"), ("black", "circle")}  # never in training
+BESIDE = {"left of": "左边", "right of": "右边", "above": "上面", "below": "下面"}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+CHINESE = COLOURS | SHAPES | SIZES | POSITIONS | BESIDE
+KINDS = ("colour", "shape", "size", "position", "count", "exist", "relation", "digits", "letters", "caption")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Something asked about a scene; `about` are the (colour, shape) pairs that it speaks of."""
+
+    text: str
+    answer: str
+    about: frozenset[tuple[str, str]] = frozenset()
+
+
+class Asker:
+    """Questions about one scene in one language. Each method is a kind; None where the scene does not allow
+    it."""
+
+    def __init__(self, scene: Scene, language: Language, rng: random.Random) -> None:
+        self.scene, self.language, self.rng = scene, language, rng
+        self.shapes = [item for item in scene.items if item.shape != "text"]
+
+    def say(self, english: str, chinese: str) -> str:
+        return english if self.language == "en" else chinese
+
+    def word(self, name: str) -> str:
+        return name if self.language == "en" else CHINESE[name]
+
+    def thing(self, colour: str, shape: str) -> str:
+        return self.say(f"{colour} {shape}", f"{CHINESE[colour]}{CHINESE[shape]}")
+
+    def only(self, *fields: str) -> Item | None:
+        """One of the shapes whose fields (colour, shape) no other has."""
+        keys = [tuple(getattr(item, field) for field in fields) for item in self.shapes]
+        single = [item for item, key in zip(self.shapes, keys, strict=True) if keys.count(key) == 1]
+        return self.rng.choice(single) if single else None
+
+    def colour(self) -> Question | None:
+        if item := self.only("shape"):
+            text = self.say(f"What colour is the {item.shape}?", f"{CHINESE[item.shape]}是什么颜色？")
+            return Question(text, self.word(item.colour), pairs(item))
+        return None
+
+    def shape(self) -> Question | None:
+        if item := self.only("colour"):
+            text = self.say(f"Which shape is {item.colour}?", f"{CHINESE[item.colour]}的是什么形状？")
+            return Question(text, self.word(item.shape), pairs(item))
+        return None
+
+    def size(self) -> Question | None:
+        if item := self.only("colour", "shape"):
+            thing = self.thing(item.colour, item.shape)
+            text = self.say(f"Is the {thing} small or large?", f"{thing}是大还是小？")
+            return Question(text, self.word(item.size), pairs(item))
+        return None
+
+    def position(self) -> Question | None:
+        if item := self.only("colour", "shape"):
+            thing = self.thing(item.colour, item.shape)
+            return Question(
+                self.say(f"Where is the {thing}?", f"{thing}在哪里？"), self.word(item.position), pairs(item)
+            )
+        return None
+
+    def count(self) -> Question:
+        shown = [item.shape for item in self.shapes] or [""]
+        name = self.rng.choice(["", self.rng.choice(shown), self.rng.choice(list(SHAPES))])
+        number = str(sum(name in ("", item.shape) for item in self.scene.items))
+        what = self.say(f"{name}s" if name else "things", CHINESE[name] if name else "东西")
+        return Question(self.say(f"How many {what} are there?", f"有几个{what}？"), number)
+
+    def exist(self) -> Question | None:
+        """Half yes, half no; where no, a colour and a shape that are both there, but not together, if there
+        are."""
+        present = pairs(*self.shapes)
+        if not present:
+            return None
+        never = present if present & HELD_OUT else present | HELD_OUT
+        both = {(colour, shape) for colour, _ in present for _, shape in present} - never
+        near = {
+            (c, s) for c in COLOURS for s in SHAPES if any((c == a) != (s == b) for a, b in present)
+        } - never
+        yes = self.rng.random() < 0.5
+        pair = self.rng.choice(sorted(present if yes else both or near))
+        thing = self.thing(*pair)
+        text = self.say(f"Is there a {thing}?", f"有没有{thing}？")
+        return Question(text, self.say("yes", "有") if yes else self.say("no", "没有"), frozenset({pair}))
+
+    def relation(self) -> Question | None:
+        """Half yes, half no, by asking for the opposite direction."""
+        first, second = self.only("colour", "shape"), self.only("colour", "shape")
+        if first is None or second is None or first == second:
+            return None
+        down, right = (a - b for a, b in zip(cell(first), cell(second), strict=True))
+        true = [("left of", "right of")[right > 0]] * (right != 0) + [("above", "below")[down > 0]] * (
+            down != 0
+        )
+        yes, direction = self.rng.random() < 0.5, self.rng.choice(true)
+        asked = direction if yes else OPPOSITE[direction]
+        a, b = self.thing(first.colour, first.shape), self.thing(second.colour, second.shape)
+        text = self.say(f"Is the {a} {asked} the {b}?", f"{a}在{b}的{CHINESE[asked]}吗？")
+        return Question(text, self.say("yes", "在") if yes else self.say("no", "不在"), pairs(first, second))
+
+    def text(self, digits: bool, question: str) -> Question | None:
+        texts = [
+            item.text for item in self.scene.items if item.shape == "text" and item.text.isdigit() == digits
+        ]
+        return Question(question, texts[0]) if len(texts) == 1 else None
+
+    def digits(self) -> Question | None:
+        return self.text(True, self.say("Which number is written?", "写的是什么数字？"))
+
+    def letters(self) -> Question | None:
+        return self.text(False, self.say("Which letters are written?", "写的是什么字母？"))
+
+    def caption(self) -> Question:
+        text = self.say("Describe the picture.", "描述这张图片。")
+        return Question(text, describe(self.scene, self.language), pairs(*self.shapes))
+
+
+def pairs(*items: Item) -> frozenset[tuple[str, str]]:
+    return frozenset((item.colour, item.shape) for item in items)
+
+
+def cell(item: Item) -> tuple[int, int]:
+    """(row, column) of the 3 x 3 grid."""
+    return divmod(list(POSITIONS).index(item.position), 3)
+
+
+class SceneRows(Rows):
+    """Drawn scenes with `turns` questions each, made when they are asked for; row i depends on (seed, i)
+    alone.
+
+    The first question goes round the kinds, so that every kind is equally frequent; scenes are drawn until
+    one allows it. `held_out` scenes have a pair of colour and shape that the others never show, and the first
+    question speaks of it wherever its kind can.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        seed: int = 0,
+        most: int = 3,
+        size: int = 96,
+        turns: int = 1,
+        kinds: tuple[str, ...] = KINDS,
+        held_out: bool = False,
+        languages: tuple[Language, ...] = ("en", "zh"),
+    ) -> None:
+        super().__init__(length, seed)
+        self.most, self.size, self.turns, self.kinds, self.held_out = most, size, turns, kinds, held_out
+        self.languages = languages
+
+    def make(self, i: int) -> tuple[Scene, list[tuple[str, Question]]]:
+        """Scene i and its (kind, question) pairs."""
+        rng = random.Random(f"{self.seed}/{i}")
+        kind, language = self.kinds[i % len(self.kinds)], rng.choice(self.languages)
+        while True:
+            scene = random_scene(rng, rng.randint(1, self.most), text_share=0.25)
+            present = pairs(*scene.items)
+            if bool(present & HELD_OUT) != self.held_out:
+                continue
+            asker = Asker(scene, language, rng)
+            first = getattr(asker, kind)()
+            if first is None or self.held_out and first.about and not first.about & HELD_OUT:
+                continue
+            questions = {kind: first}
+            for other in rng.sample(self.kinds, len(self.kinds)):
+                if len(questions) < self.turns and (question := getattr(asker, other)()):
+                    questions.setdefault(other, question)
+            return scene, list(questions.items())
+
+    def record(self, i: int) -> Any:
+        """As a row of a LLaVA file."""
+        turns = []
+        for _, question in self.make(i)[1]:
+            turns += [{"from": "human", "value": question.text}, {"from": "gpt", "value": question.answer}]
+        turns[0]["value"] = f"{IMAGE}\n{turns[0]['value']}"
+        return {"image": str(i), "conversations": turns}
+
+    def find(self, name: str) -> Source:
+        return draw(self.make(int(name))[0], self.size)
+
+    def fingerprint(self) -> list[Any]:
+        return [
+            self.seed,
+            self.length,
+            self.most,
+            self.size,
+            self.turns,
+            self.kinds,
+            self.held_out,
+            self.languages,
+        ]
+
+    def where(self, i: int) -> str:
+        return f"scene {i} of seed {self.seed}"
+
+
+if __name__ == "__main__":
+    rows = SceneRows(int(sys.argv[1]) if len(sys.argv) > 1 else 10, turns=3)
+    for i in range(len(rows)):
+        scene, questions = rows.make(i)
+        print(describe(scene))
+        for kind, question in questions:
+            print(f"  {kind}: {question.text} {question.answer}")
