@@ -359,46 +359,47 @@ def dq_kernel(
 
 
 class Tiles(NamedTuple):
-    """How one kernel is cut: rows of queries and keys that meet at a time, warps, and stages of the load
-    pipeline."""
+    """How one kernel is cut, and whether the copy engine (TMA) loads what its loop reads."""
 
-    queries: int
-    keys: int
+    queries: int  # rows of queries that meet
+    keys: int  # rows of keys
     warps: int
-    stages: int
+    stages: int  # of the pipeline of loads
+    tma: bool = False
 
 
 class Config(NamedTuple):
-    """The three kernels' tiles, and whether an architecture's copy engine (TMA) loads them."""
+    """The tiles of the three kernels."""
 
     forward: Tiles
     dkdv: Tiles
     dq: Tiles
-    tma: bool
 
 
-# (architecture, widest head, bytes of an element) -> Config. A fixed table, not a search at run time: the
-# same program on every run and every rank. Chosen by compiling each candidate and counting registers, spills,
-# shared memory and instructions (docs/kernels.md); sm_80 also stands for 86 and 89, whose shared memory is
-# the smaller one.
-HOPPER = Config(Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2), tma=True)
-AMPERE = Config(Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 2), tma=False)
-EXACT = Config(
-    Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), tma=False
-)  # float32: no tensor cores
-SMALL = Config(Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), tma=False)
+# (architecture, width of the tiles, bytes of an element) -> Config. A fixed table rather than a search at run
+# time: the same program on every run and every rank. Each row was chosen by compiling candidates and counting
+# registers, spills, shared memory and instructions (docs/kernels.md). sm_80 also stands for 86 and 89, which
+# have less shared memory; sm_90 has asynchronous matrix instructions and sm_100 a memory for their results,
+# so theirs are larger.
+WIDE_HOPPER = Config(Tiles(128, 64, 8, 3, True), Tiles(64, 128, 8, 2, True), Tiles(128, 64, 8, 2, True))
+NARROW_HOPPER = Config(Tiles(128, 128, 8, 3, True), Tiles(64, 128, 8, 2, True), Tiles(128, 64, 8, 2, True))
+EXACT = Config(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1))  # float32: no tensor cores
+PLAIN = Config(Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1))
 CONFIGS: dict[tuple[str, int, int], Config] = {
-    (architecture, head_dim, size): EXACT if size == 4 else config
-    for architecture, config in {
-        "sm_80": AMPERE,
-        "sm_90": HOPPER,
-        "sm_100": HOPPER,
-        "sm_120": AMPERE,
-        "amd": SMALL,
-        "interpreter": SMALL,
-    }.items()
-    for head_dim in (64, 128)
-    for size in (2, 4)
+    ("sm_80", 64, 2): Config(Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2)),
+    ("sm_80", 128, 2): Config(Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 2)),
+    ("sm_90", 64, 2): NARROW_HOPPER,
+    ("sm_90", 128, 2): WIDE_HOPPER,
+    ("sm_100", 64, 2): NARROW_HOPPER,
+    ("sm_100", 128, 2): WIDE_HOPPER,
+    ("sm_120", 64, 2): Config(Tiles(128, 64, 8, 3, True), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2, True)),
+    ("sm_120", 128, 2): Config(Tiles(128, 32, 8, 3, True), *2 * [Tiles(64, 64, 8, 2, True)]),
+    **{(name, width, 2): PLAIN for name in ("amd", "interpreter") for width in (64, 128)},
+    **{
+        (name, width, 4): EXACT if name.startswith("sm") else PLAIN
+        for name in ("sm_80", "sm_90", "sm_100", "sm_120", "amd", "interpreter")
+        for width in (64, 128)
+    },
 }
 
 
@@ -417,14 +418,18 @@ def config_for(q: Tensor) -> Config:
     return CONFIGS[architecture(), 64 if q.shape[-1] <= 64 else 128, q.element_size()]
 
 
+def _width(head_dim: int) -> int:
+    """Columns of a tile: tiles have powers of two, and matrix instructions take 16 at least."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
 def _source(x: Tensor, rows: int, width: int, tma: bool) -> Tensor | TensorDescriptor:
     """What a kernel loads tiles of `rows` rows from: x [B, S, heads, D] itself, or a descriptor of it."""
     return TensorDescriptor.from_tensor(x, [1, rows, 1, width]) if tma else x
 
 
 def _loadable(x: Tensor) -> Tensor:
-    """x, or a copy of it with strides that the copy engine accepts: columns adjacent, rows 16 bytes or so
-    apart."""
+    """x, or a copy that the copy engine accepts: columns adjacent, other strides multiples of 16 bytes."""
     steps = [stride * x.element_size() for stride in x.stride()[:-1]]
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
     return x if fits else x.clone(memory_format=torch.contiguous_format)
@@ -433,8 +438,7 @@ def _loadable(x: Tensor) -> Tensor:
 def _bounds_arguments(
     B: int, lo: Tensor | None, hi: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, tuple]:
-    """The two arrays, each row of numbers adjacent, and their batch strides (0 where one row serves the
-    batch)."""
+    """The two arrays, rows contiguous, and their batch strides (0 where one row serves the whole batch)."""
     if lo is None or hi is None:
         return None, None, (0, 0)
     lo, hi = (x.expand(B, -1) if x.stride(-1) == 1 else x.contiguous().expand(B, -1) for x in (lo, hi))
@@ -450,15 +454,14 @@ def flash_forward(
     q, k, v = _loadable(q), _loadable(k), _loadable(v)
     lo, hi, bounds_strides = _bounds_arguments(B, lo, hi)
     o, lse = q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
-    config, width = config_for(q), triton.next_power_of_2(D)
-    tiles, tma = config.forward, config.tma
+    width, tiles = _width(D), config_for(q).forward
     forward_kernel[triton.cdiv(T, tiles.queries), B * H](
-        _source(q, tiles.queries, width, tma),
-        _source(k, tiles.keys, width, tma),
-        _source(v, tiles.keys, width, tma),
+        _source(q, tiles.queries, width, tiles.tma),
+        _source(k, tiles.keys, width, tiles.tma),
+        _source(v, tiles.keys, width, tiles.tma),
         o, lse, lo, hi, q.stride()[:3], k.stride()[:3], v.stride()[:3], bounds_strides, scale, H, T, S,
         GROUP=H // KV, BM=tiles.queries, BN=tiles.keys, D=D, BD=width,
-        CAUSAL=causal, BOUNDS=lo is not None, TMA=tma, num_warps=tiles.warps, num_stages=tiles.stages,
+        CAUSAL=causal, BOUNDS=lo is not None, TMA=tiles.tma, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return o, lse
 
@@ -468,30 +471,31 @@ def flash_backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, lo: Tensor | None, hi: Tensor | None,
     causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, from the inputs and results of `flash_forward` and the gradient do of its
-    o."""
+    """Gradients of q, k and v, from what `flash_forward` read and returned and the gradient do of its o."""
     (B, T, H, D), (S, KV) = q.shape, k.shape[1:3]
     q, k, v, do = _loadable(q), _loadable(k), _loadable(v), do.contiguous()
     lo, hi, bounds_strides = _bounds_arguments(B, lo, hi)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     delta = torch.empty_like(lse)
-    config, width = config_for(q), triton.next_power_of_2(D)
+    config, width = config_for(q), _width(D)
     strides = q.stride()[:3], k.stride()[:3], v.stride()[:3], bounds_strides
-    common = dict(GROUP=H // KV, D=D, BD=width, CAUSAL=causal, BOUNDS=lo is not None, TMA=config.tma)
+    common = dict(GROUP=H // KV, D=D, BD=width, CAUSAL=causal, BOUNDS=lo is not None)
 
     delta_kernel[triton.cdiv(T, 64), B * H](o, do, delta, H, T, D=D, BD=width, BM=64)
 
     tiles = config.dkdv
-    q_source, do_source = (_source(x, tiles.queries, width, config.tma) for x in (q, do))
+    q_source, do_source = (_source(x, tiles.queries, width, tiles.tma) for x in (q, do))
     dkdv_kernel[triton.cdiv(S, tiles.keys), B * KV](
         q_source, k, v, do_source, lse, delta, dk, dv, lo, hi, *strides, scale, KV, T, S,
-        BM=tiles.queries, BN=tiles.keys, **common, num_warps=tiles.warps, num_stages=tiles.stages,
+        BM=tiles.queries, BN=tiles.keys, TMA=tiles.tma, **common,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     tiles = config.dq
-    k_source, v_source = (_source(x, tiles.keys, width, config.tma) for x in (k, v))
+    k_source, v_source = (_source(x, tiles.keys, width, tiles.tma) for x in (k, v))
     dq_kernel[triton.cdiv(T, tiles.queries), B * H](
         q, k_source, v_source, do, lse, delta, dq, lo, hi, *strides, scale, H, T, S,
-        BM=tiles.queries, BN=tiles.keys, **common, num_warps=tiles.warps, num_stages=tiles.stages,
+        BM=tiles.queries, BN=tiles.keys, TMA=tiles.tma, **common,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return dq, dk, dv
 

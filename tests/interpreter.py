@@ -102,9 +102,9 @@ def watched() -> Iterator[list[str]]:
             faults.append(f"{(~inside).sum()} addresses outside every tensor")
         return addresses
 
-    def create_masked_load(self, pointers, mask, *rest):
+    def create_masked_load(self, pointers, mask, *rest, **options):
         active(pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **options)
 
     def create_masked_store(self, pointers, value, mask, *rest):
         program = tuple(int(index) for index in self.grid_idx)

@@ -1,4 +1,5 @@
-"""What the kernel tests share: where kernels can run here, inputs that betray a stray read, and the yardstick."""
+"""What the kernel tests share: where kernels can run here, inputs that betray a stray read, and the
+yardstick."""
 
 import os
 
@@ -28,7 +29,8 @@ not_interpreted = pytest.mark.skipif(
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    """Normal numbers in a strided view of a larger tensor of NaN: whatever is read outside it spoils the result."""
+    """Normal numbers in a strided view of a larger tensor of NaN: whatever is read outside it spoils the
+    result."""
     B, T, H, D = shape
     generator = torch.Generator().manual_seed(seed)
     surroundings = torch.full((B + 1, T + 2, H + 1, D + 16), torch.nan, dtype=dtype)
