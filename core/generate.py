@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from core.config import UserError
 from core.decode import Cache, Decoder, Prefill
-from model import Transformer
+from model import PATCH, Transformer
 
 PREFILL_TOKENS = 16_384  # most tokens, padding included, in one prefill forward
 
@@ -138,9 +138,10 @@ class Batch:
         seed: int,
         max_batch: int,
         tokenizer: Any,
+        features: Sequence[Tensor | None] | None,
     ) -> None:
         self.model, self.prompts, self.sampling, self.tokenizer = model, prompts, sampling, tokenizer
-        self.max_new_tokens, self.seed = max_new_tokens, seed
+        self.max_new_tokens, self.seed, self.features = max_new_tokens, seed, features
         self.device = next(model.parameters()).device
         # The GPU is asked for its tokens only now and then; what a slot draws after its end is dropped.
         self.stride = 16 if self.device.type == "cuda" else 1
@@ -148,7 +149,8 @@ class Batch:
         for number, prompt in enumerate(prompts):
             if not prompt:
                 raise UserError(f"prompt {number} is empty: give at least a first token")
-            if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            lowest = 0 if features is None else PATCH
+            if not lowest <= min(prompt) <= max(prompt) < config.vocab_size:
                 raise UserError(
                     f"prompt {number} has ids outside 0..{config.vocab_size - 1}: wrong tokenizer?"
                 )
@@ -209,7 +211,8 @@ class Batch:
             self.uniforms[row] = uniforms(self.seed, p, s, self.uniforms.shape[1])
             if self.seen is not None:
                 self.seen[row] = False
-                self.seen[row, torch.tensor(self.prompts[p], device=self.device)] = True
+                words = [token for token in self.prompts[p] if token != PATCH]
+                self.seen[row, torch.tensor(words, device=self.device)] = True
         logits = torch.stack([self.prefilled[p][2] for p, _ in new])
         tokens, logprobs = self.draw(logits, torch.tensor(rows, device=self.device))
         waiting = {p for p, _ in self.queue}
@@ -227,7 +230,9 @@ class Batch:
             rows = [torch.tensor(self.prompts[p]) for p in batch]
             padded = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)  # [B, T]
             prefill = Prefill(self.model.config, padded.shape[1], self.device)
-            hidden = self.model.hidden_states(padded, cache=prefill)
+            seen = [] if self.features is None else [f for p in batch if (f := self.features[p]) is not None]
+            pictures = {"features": torch.cat(seen).to(self.device)} if seen else {}
+            hidden = self.model.hidden_states(padded, cache=prefill, **pictures)
             last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
             logits = self.model.head(hidden[torch.arange(count, device=self.device), last])
             for line, p in enumerate(batch):
@@ -303,12 +308,14 @@ def generate(
     repetition_penalty: float = 1.0,
     stop_strings: Sequence[str] = (),
     tokenizer: Any = None,
+    features: Sequence[Tensor | None] | None = None,
 ) -> list[list[Completion]]:
     """Sample `num_samples` completions of each prompt (a list of token ids); result[prompt][sample].
 
     At most `max_batch` are worked on at a time. `tokenizer` is needed for stop strings; with it, ids that it
-    does not have (padding rows of the vocabulary) are never drawn. Raises UserError for prompts that do not
-    fit.
+    does not have (padding rows of the vocabulary) are never drawn. A VLM's prompts may hold PATCH; `features`
+    then gives each prompt's pictures as the tower saw them, [pictures, patches, dim], or None. Raises
+    UserError for prompts that do not fit.
     """
     sampling = Sampling(
         temperature, top_p, top_k, min_p, repetition_penalty, tuple(stop_ids), tuple(stop_strings)
@@ -318,7 +325,7 @@ def generate(
         return done
     if stop_strings and tokenizer is None:
         raise UserError("stop_strings need the tokenizer")
-    batch = Batch(model, prompts, sampling, max_new_tokens, num_samples, seed, max_batch, tokenizer)
+    batch = Batch(model, prompts, sampling, max_new_tokens, num_samples, seed, max_batch, tokenizer, features)
     for slot in batch.run():
         done[slot.prompt][slot.sample] = slot.completion
     return done
