@@ -181,7 +181,7 @@ def resolve(config_class: type[C], presets: dict[str, dict[str, Any]], given: di
             f"--preset {preset!r}: no such preset{nearest(preset, presets)}; one of {', '.join(presets)}"
         )
     config = config_class(**{**presets[preset], **given, "preset": preset})
-    if int(os.environ.get("RANK", 0)) == 0:
+    if len(presets) > 1 and int(os.environ.get("RANK", 0)) == 0:
         print(f"preset {preset}{reason}", flush=True)
     return config
 

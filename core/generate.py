@@ -1,4 +1,4 @@
-"""Sampling from a model: many prompts and samples in one batch, slots refilled as answers end.
+"""Sampling from a model: many prompts and samples in one batch, slots refilled as answers end; streaming.
 
 A batch is a set of slots. Prompts are prefilled once, however many samples they have; every decoding step
 advances all occupied slots by one token; a slot whose sample has ended takes the next one in the queue.
@@ -8,6 +8,7 @@ inverting the cumulative distribution. So a completion does not depend on what e
 order or on the batch size.
 """
 
+import codecs
 import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -329,3 +330,34 @@ def generate(
     for slot in batch.run():
         done[slot.prompt][slot.sample] = slot.completion
     return done
+
+
+def stream(
+    model: Transformer,
+    prompt: Sequence[int],
+    tokenizer: Any,
+    sampling: Sampling,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    features: Tensor | None = None,
+) -> Iterator[tuple[str, Completion]]:
+    """One completion as it comes: its new text, and the completion so far (one object, which grows).
+
+    Text comes in whole characters, without special tokens and stop strings, and is held back while it may yet
+    turn out to begin a stop string.
+    """
+    special, stops = set(tokenizer.special_tokens.values()), sampling.stop_strings
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    batch = Batch(model, [prompt], sampling, max_new_tokens, 1, seed, 1, tokenizer, [features])
+    batch.stride = 1  # every token as soon as it is there
+    held = ""
+    for slot in batch.run():
+        token, last = slot.completion.tokens[-1], bool(slot.completion.finish_reason)
+        held += decoder.decode(b"" if token in special else tokenizer.decode_bytes([token]), final=last)
+        ready = min([held.find(stop) for stop in stops if stop in held], default=len(held))
+        if not last:
+            ready -= max(
+                (k for stop in stops for k in range(len(stop)) if held.endswith(stop[:k])), default=0
+            )
+        yield held[:ready], slot.completion
+        held = held[ready:]

@@ -1,0 +1,243 @@
+"""Talk to a model: answers stream into the terminal, the conversation is kept as token ids.
+
+    python chat.py                                        the model of the newest run, as a conversation
+    python chat.py --model FOLDER_OR_HUB_ID --prompt "What is a prime?"     one answer
+    python chat.py --model FOLDER_OR_HUB_ID --raw --prompt "Once upon a"    text continued, no chat format
+
+In a conversation: /reset forgets it, /system TEXT starts another under this system message, /save FILE writes
+it down, /quit leaves. Ctrl-C stops an answer.
+
+What the model wrote is never tokenised again: its next prompt is the tokens it drew, followed by those of the
+new message (MOSS's released demos decode and encode their history, which changes it).
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jinja2
+import jinja2.sandbox
+import torch
+
+from core.checkpoint import load_pretrained, read_json, resolve_folder
+from core.config import UsageError, UserError, parse, require, run_main
+from core.decode import join_weights
+from core.generate import Completion, Sampling, stream
+from core.quantize import quantize
+from data.chat import end_token, plain, render
+from data.readers import Message
+from data.tokenizer import Tokenizer, load_tokenizer
+from model import Transformer
+
+
+@dataclass(kw_only=True)
+class Config:
+    preset: str = "default"
+    model: str = ""  # model folder or hub id; empty = that of the newest run in runs/
+    prompt: str = ""  # answer this and exit; empty = a conversation
+    raw: bool = False  # continue the prompt's text instead of answering it
+    system: str = ""  # system message
+    max_new_tokens: int = 512  # longest answer
+    temperature: float = 0.7  # 0 = always the most probable token
+    top_p: float = 0.9  # sample from the most probable tokens that hold this much; 1 = all
+    top_k: int = 0  # sample from this many most probable tokens; 0 = all
+    min_p: float = 0.0  # sample from tokens at least this fraction as probable as the best; 0 = all
+    repetition_penalty: float = 1.0  # lowers the logits of tokens seen before; 1 = none
+    seed: int = 0  # seeds the sampling
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = cuda where there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, float32 on cpu
+    quantize: Literal["none", "int8", "int4"] = "none"  # hold the weights in fewer bits
+
+
+class Conversation:
+    """Messages, and the same as token ids in the model's chat format."""
+
+    def __init__(self, tokenizer: Tokenizer, system: str = "") -> None:
+        self.tokenizer = tokenizer
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.ids: list[int] = []
+
+    def add_user(self, text: str) -> None:
+        """Append a message, and what the format puts after it for the model to go on from."""
+        self.messages.append({"role": "user", "content": text})
+        self.ids += self.new_ids()
+
+    def new_ids(self) -> list[int]:
+        """Tokens of what the last message adds to the conversation."""
+        template = self.tokenizer.chat_template
+        if template is None or "<|user|>" in template:
+            whole = render(self.messages, self.tokenizer, "tulu", add_generation_prompt=True)
+            last = max(whole.turns)
+            pairs = zip(whole.ids, whole.turns, strict=True)
+            return [token for token, turn in pairs if turn == last or not self.ids]
+        return foreign_ids(self.messages, self.tokenizer, continued=bool(self.ids))
+
+    def add_answer(self, text: str, completion: Completion) -> None:
+        """Append the model's answer; one that was cut off is ended as the format ends answers."""
+        self.messages.append({"role": "assistant", "content": text})
+        self.ids += completion.tokens
+        if self.ids[-1] != self.tokenizer.eos_id:
+            self.ids.append(self.tokenizer.eos_id)
+
+
+def foreign_ids(messages: list[Message], tokenizer: Tokenizer, continued: bool) -> list[int]:
+    """What the last message adds, by a Jinja template that is not ours (run in Jinja's sandbox, as
+    transformers does): the text that the template makes of everything, less what it makes of everything
+    before."""
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+    end, markers = end_token(tokenizer), tuple(tokenizer.special_tokens)
+    clean = [{**message, "content": plain(message["content"], markers)} for message in messages]
+
+    def written(part: list[Message], go_on: bool) -> str:
+        def refuse(reason: str) -> None:
+            raise jinja2.TemplateError(reason)
+
+        try:
+            return sandbox.from_string(tokenizer.chat_template).render(
+                messages=part,
+                add_generation_prompt=go_on,
+                bos_token=names.get(tokenizer.bos_id, ""),
+                eos_token=end,
+                raise_exception=refuse,
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"the model's chat template cannot write this conversation: {error}") from None
+
+    text, before = written(clean, True), ""
+    if continued:
+        before = written(clean[:-1], False)
+        before = before[: before.rfind(end) + len(end)]  # the model stopped here; what follows is ours to add
+    if not text.startswith(before):
+        raise UserError(
+            "the model's chat template rewrites earlier turns, which a token history cannot follow"
+        )
+    ids: list[int] = []
+    for part in re.split("(" + "|".join(map(re.escape, markers)) + ")", text[len(before) :]):
+        ids += (
+            [tokenizer.special_tokens[part]] if part in tokenizer.special_tokens else tokenizer.encode(part)
+        )
+    return ids
+
+
+def newest_model() -> Path:
+    """The model folder that the latest run left."""
+    folders = sorted(Path("runs").glob("*/model/config.json"), key=lambda path: path.stat().st_mtime)
+    if not folders:
+        raise UsageError(
+            "--model: no run has left a model in runs/; train one (python pretrain.py) or name a folder"
+        )
+    return folders[-1].parent
+
+
+def load(config: Config) -> tuple[Transformer, Tokenizer, Sampling]:
+    """Model, tokenizer, and how to sample: until the tokens that the folder says end an answer."""
+    require(
+        config.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device here; use cpu"
+    )
+    folder = resolve_folder(config.model) if config.model else newest_model()
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    dtype = (
+        torch.bfloat16 if config.dtype == "bfloat16" or on_gpu and config.dtype == "auto" else torch.float32
+    )
+    tokenizer = load_tokenizer(folder)
+    model = load_pretrained(folder, dtype, "cuda" if on_gpu else "cpu")
+    model = join_weights(model) if config.quantize == "none" else quantize(model, int(config.quantize[3:]))
+    settings = (
+        read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    )
+    ends = settings.get("eos_token_id") or []
+    stop_ids = {tokenizer.eos_id, *(ends if isinstance(ends, list) else [ends])}
+    sampling = Sampling(
+        config.temperature,
+        config.top_p,
+        config.top_k,
+        config.min_p,
+        config.repetition_penalty,
+        tuple(stop_ids),
+    )
+    return model, tokenizer, sampling
+
+
+def answer(
+    model: Transformer, ids: list[int], tokenizer: Tokenizer, sampling: Sampling, config: Config
+) -> tuple[str, Completion]:
+    """Print an answer as it comes. Ctrl-C ends it where it is."""
+    text, completion = "", Completion()
+    try:
+        for piece, so_far in stream(model, ids, tokenizer, sampling, config.max_new_tokens, config.seed):
+            text, completion = text + piece, so_far
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        completion.finish_reason = "stopped"
+    print(flush=True)
+    if completion.finish_reason in ("context", "stopped"):
+        reason = {"context": "the model's context is full; /reset", "stopped": "stopped"}
+        print(f"[{reason[completion.finish_reason]}]", file=sys.stderr)
+    return text, completion
+
+
+def converse(model: Transformer, tokenizer: Tokenizer, sampling: Sampling, config: Config) -> None:
+    """The conversation in the terminal."""
+    print("/reset  /system TEXT  /save FILE  /quit; Ctrl-C stops an answer", file=sys.stderr)
+    conversation = Conversation(tokenizer, config.system)
+    while True:
+        try:
+            words = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("\n(/quit leaves)", file=sys.stderr)
+            continue
+        command, _, argument = words.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/reset":
+            conversation = Conversation(tokenizer, config.system)
+        elif command == "/system":
+            config.system = argument
+            conversation = Conversation(tokenizer, argument)
+        elif command == "/save":
+            save(conversation.messages, argument)
+        elif command.startswith("/"):
+            print(f"{command}: unknown; /reset, /system TEXT, /save FILE or /quit", file=sys.stderr)
+        elif words:
+            try:
+                conversation.add_user(words)
+                conversation.add_answer(*answer(model, conversation.ids, tokenizer, sampling, config))
+            except UserError as error:
+                conversation = Conversation(tokenizer, config.system)
+                print(f"{error} (the conversation starts anew)", file=sys.stderr)
+
+
+def save(messages: list[Message], path: str) -> None:
+    """Append the conversation to a JSONL file, which sft.py reads."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        print(f"added to {path}", file=sys.stderr)
+    except OSError as error:
+        print(f"/save {path!r}: {error.strerror}; give a file that can be written", file=sys.stderr)
+
+
+def main() -> None:
+    config = parse(Config, {"default": {}}, about=__doc__)
+    require(not config.raw or bool(config.prompt), "--raw needs --prompt, the text to continue")
+    model, tokenizer, sampling = load(config)
+    if config.raw:
+        print(config.prompt, end="")
+        ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(config.prompt)
+        answer(model, ids, tokenizer, sampling, config)
+    elif config.prompt:
+        conversation = Conversation(tokenizer, config.system)
+        conversation.add_user(config.prompt)
+        answer(model, conversation.ids, tokenizer, sampling, config)
+    else:
+        converse(model, tokenizer, sampling, config)
+
+
+if __name__ == "__main__":
+    run_main(main)
