@@ -1,5 +1,4 @@
-"""Tokenizer training and encoding against `tokenizers`, on the installed Python source and the same word
-pattern.
+"""Tokenizer training and encoding against `tokenizers`: installed Python source, the same word pattern.
 
     python benchmarks/tokenizer.py [--megabytes 30] [--vocab_size 32000]
 
@@ -28,7 +27,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
 from data.sources import documents, parse_source
-from data.tokenizer import PATTERN, SPECIAL_TOKENS, to_bytes, train_tokenizer
+from data.tokenizer import PATTERN, SPECIAL_TOKENS, train_tokenizer
+from data.tokenizer_files import to_bytes
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

@@ -16,6 +16,7 @@ import hashlib
 import inspect
 import io
 import json
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ EMBEDDED_BYTES = {
 }  # taken unless told more
 PLAIN, LINES, TABLES = (".txt", ".md", ".py"), (".jsonl", ".json", ".ndjson"), (".parquet",)
 PIECE = 100_000  # characters; a longer plain file is cut at line ends
+HELD_OUT = re.compile(r"(?:^|[^a-z])(?:test|valid|validation|dev|eval)(?:[^a-z]|$)")
 HUB_SECONDS = 10  # to wait for the hub before giving up
 
 
@@ -346,7 +348,10 @@ def hub_filesystem(repository: str) -> Any:
 
 
 def hub_documents(word: str) -> Iterator[Document | BadRecord]:
-    """Documents of hub/OWNER/NAME[/folder or glob], file after file in order of name, read as they arrive."""
+    """Documents of hub/OWNER/NAME[/folder or glob], file after file in order of name, read as they arrive.
+
+    Files that are called test or validation are left out, unless the folder or glob says so.
+    """
     from huggingface_hub.errors import HTTPError
 
     _, owner, name, *rest = word.split("/")
@@ -355,6 +360,10 @@ def hub_documents(word: str) -> Iterator[Document | BadRecord]:
     try:
         found = files.glob(place) if "*" in place else files.find(place)
         known = [path for path in sorted(found) if kind_of(path) in (".txt", *LINES, *TABLES)]
+        if not HELD_OUT.search("/".join(rest)):
+            known = [
+                path for path in known if not HELD_OUT.search(path.removeprefix(f"datasets/{owner}/{name}"))
+            ]
         if not known:
             raise UserError(f"--data {word}: no .jsonl, .json, .parquet or .txt file there")
         for path in known:

@@ -22,14 +22,15 @@ ordinary characters, so nobody can end a turn or forge a role by writing the mar
 
 import base64
 import hashlib
-import heapq
 import json
 import os
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,21 @@ import tiktoken
 if __name__ == "__main__":  # run as a script, this folder is first on the path and must give way to the root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from core.config import UsageError, UserError, parse, run_main
+from data.bpe import apply_merges, count_words, learn_merges, merges_of
 from data.sources import BadRecord, documents, parse_source
+from data.tokenizer_files import (
+    BYTE_TO_CHAR,
+    bpe_model,
+    byte_level,
+    optional_import,
+    read_json,
+    read_text,
+    to_bytes,
+    to_chars,
+    tokenizer_json,
+    write_json,
+    write_text,
+)
 
 # How text is cut into words before merging; no merge crosses a cut. One character (a space, a quote, a
 # bracket) may lead a run of letters, so " word", "_name" and "(x" are one word each. Digits stand alone: 7,
@@ -72,25 +87,12 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 
 
-def printable_bytes() -> dict[int, str]:
-    """GPT-2's alphabet: one visible character for each of the 256 bytes, used by vocab.json and
-    tokenizer.json."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+LONGEST_SPACE = 200_000  # characters of white space in a row that tiktoken is given at a time
 
+Mode = Literal["lossless", "compat"]
 
-BYTE_TO_CHAR = printable_bytes()
-CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
-
-
-def to_chars(token: bytes) -> str:
-    return "".join(BYTE_TO_CHAR[byte] for byte in token)
-
-
-def to_bytes(chars: str) -> bytes:
-    """Inverse of `to_chars`; KeyError for a character outside the alphabet."""
-    return bytes(CHAR_TO_BYTE[char] for char in chars)
+# What is kept of a tokenizer_config.json; the rest is about the class that it was written for.
+SETTINGS = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template", "model_max_length")
 
 
 class Tokenizer:
@@ -104,15 +106,16 @@ class Tokenizer:
     chat_template: str | None
 
     def __init__(self, special_tokens: dict[str, int], vocab_size: int, settings: dict[str, Any]) -> None:
-        """settings: as in tokenizer_config.json; of it bos_token, eos_token, pad_token, chat_template are
-        read."""
-        self.special_tokens, self.vocab_size, self.settings = special_tokens, vocab_size, settings
-        self.bos_id, eos_id, self.pad_id = (
-            special_tokens.get(settings.get(f"{n}_token")) for n in ("bos", "eos", "pad")
-        )
+        """settings: the SETTINGS of tokenizer_config.json, those that are known."""
+        self.special_tokens, self.vocab_size = special_tokens, vocab_size
+        self.settings = {key: value for key, value in settings.items() if key in SETTINGS}
+        self.names = {token_id: name for name, token_id in special_tokens.items()}
+        roles = (special_tokens.get(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token"))
+        self.bos_id, eos_id, self.pad_id = roles
         if eos_id is None:
+            some = ", ".join(special_tokens)[:200] or "none"
             raise UserError(
-                f"the tokenizer names no end-of-text token (eos_token); it has {list(special_tokens)[:20]}"
+                f"the tokenizer names no end-of-text token (eos_token) among its special ones: {some}"
             )
         self.eos_id = eos_id
         self.chat_template = settings.get("chat_template")
@@ -125,9 +128,10 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes the tokens stand for, special tokens as their names. decode_bytes(a + b) is the sum of
-        both."""
-        raise NotImplementedError
+        """What the tokens stand for, special tokens as their names; of two lists joined, the bytes joined."""
+        return b"".join(
+            self.names[i].encode() if i in self.names else self.token_bytes(i) for i in map(int, ids)
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; bytes that are not whole UTF-8 characters become U+FFFD."""
@@ -151,26 +155,23 @@ class Tokenizer:
         raise NotImplementedError
 
     def save_settings(self, folder: Path) -> None:
-        """tokenizer_config.json, in which the library's clean-up of spaces is off: it would alter decoded
-        text."""
-        by_id = {token_id: name for name, token_id in self.special_tokens.items()}
-        settings = {
-            **self.settings,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "chat_template": self.chat_template,
-        }
-        for key, token_id in (("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.pad_id)):
-            settings[f"{key}_token"] = by_id.get(token_id)
+        """tokenizer_config.json. The library's clean-up of spaces is off: it would alter decoded text."""
+        fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        settings = {**self.settings, **fixed, "chat_template": self.chat_template}
+        for key, token_id in (
+            ("bos_token", self.bos_id),
+            ("eos_token", self.eos_id),
+            ("pad_token", self.pad_id),
+        ):
+            settings[key] = self.names.get(token_id)
         write_json(folder / "tokenizer_config.json", {k: v for k, v in settings.items() if v is not None})
 
 
 class BytePairTokenizer(Tokenizer):
     """Byte-level BPE, run by tiktoken.
 
-    ranks: token bytes -> id, in the order the merges were learned; ids must grow in that order but may
-    leave gaps
-        (an extended vocabulary has its special tokens in the gap).
+    ranks: token bytes -> id, in the order the merges were learned; ids must grow in that order, but may leave
+        gaps (an extended vocabulary has its special tokens there).
     whitespace: whole runs of spaces or tabs that are tokens of their own, as in CodeGen and MOSS: text -> id.
     mode: "lossless", or "compat" = as MOSS's released tokenizer, which drops white space beside such runs.
     """
@@ -182,37 +183,43 @@ class BytePairTokenizer(Tokenizer):
         pattern: str = PATTERN,
         settings: dict[str, Any] | None = None,
         whitespace: dict[str, int] | None = None,
-        mode: Literal["lossless", "compat"] = "lossless",
+        mode: Mode = "lossless",
     ) -> None:
         self.ranks, self.pattern, self.whitespace, self.mode = ranks, pattern, whitespace or {}, mode
-        self.names = {token_id: token for token, token_id in ranks.items()} | {
-            token_id: run.encode() for run, token_id in self.whitespace.items()
-        }
-        vocab_size = 1 + max(*ranks.values(), *special_tokens.values(), *self.whitespace.values(), -1)
+        runs = {run.encode(): token_id for run, token_id in self.whitespace.items()}
+        self.tokens = {token_id: token for token, token_id in (ranks | runs).items()}
+        vocab_size = 1 + max(*self.tokens, *special_tokens.values())
         super().__init__(special_tokens, vocab_size, settings or {})
-        # The runs are special tokens to tiktoken only for decoding: in encoding it would not take the
-        # longest.
-        self.encoding = tiktoken.Encoding(
-            "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens | self.whitespace
-        )
-        runs = sorted(self.whitespace, key=len, reverse=True)
-        self.run_pattern = regex.compile(f"({'|'.join(map(regex.escape, runs))})") if runs else None
+        # To tiktoken the runs are special tokens, for decoding. In encoding it would not take the longest.
+        added = special_tokens | self.whitespace
+        self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
+        longest_first = map(regex.escape, sorted(self.whitespace, key=len, reverse=True))
+        self.run_pattern = regex.compile(f"({'|'.join(longest_first)})") if self.whitespace else None
 
     def encode(self, text: str) -> list[int]:
         if self.run_pattern is None:
-            return self.encoding.encode_ordinary(text)
+            return self.encode_words(text)
         parts = [part for part in self.run_pattern.split(text) if part]
         if self.mode == "compat":
             parts = strip_beside_runs(parts, self.whitespace)
         ids: list[int] = []
         for part in parts:
-            ids += [self.whitespace[part]] if part in self.whitespace else self.encoding.encode_ordinary(part)
+            ids += [self.whitespace[part]] if part in self.whitespace else self.encode_words(part)
         return ids
 
+    def encode_words(self, text: str) -> list[int]:
+        """tiktoken recurses over white space: a run of a million would end the program, so it is cut."""
+        cuts = [0, len(text)]
+        if len(text) > LONGEST_SPACE:
+            for run in regex.finditer(r"\s+", text):
+                cuts += range(run.start() + LONGEST_SPACE, run.end(), LONGEST_SPACE)
+        parts = (text[start:end] for start, end in pairwise(sorted(cuts)))
+        return [token_id for part in parts for token_id in self.encoding.encode_ordinary(part)]
+
     def encode_many(self, texts: list[str]) -> list[list[int]]:
-        if self.run_pattern is None:
-            return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-        return [self.encode(text) for text in texts]
+        """On all cores: tiktoken lets other threads run while it works."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self.encode, texts))
 
     def encode_bytes(self, content: bytes) -> list[int]:
         """Ids of a byte string that may be part of a character, taken as one word."""
@@ -222,55 +229,27 @@ class BytePairTokenizer(Tokenizer):
         return self.encoding.decode_bytes(ids)
 
     def token_bytes(self, token_id: int) -> bytes:
-        return self.names.get(token_id, b"")
+        return self.tokens.get(token_id, b"")
 
     @property
     def fingerprint(self) -> str:
         ranks = [(token.hex(), token_id) for token, token_id in self.ranks.items()]
-        return fingerprint_of(
-            ranks, self.special_tokens, self.whitespace, self.pattern, self.mode, self.bos_id, self.eos_id
-        )
+        added = (self.special_tokens, self.whitespace, self.bos_id, self.eos_id)
+        return fingerprint_of(ranks, self.pattern, self.mode, *added)
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        added = sorted((self.special_tokens | self.whitespace).items(), key=lambda item: item[1])
-        # The library numbers added tokens itself unless the vocabulary already has them: there they keep
-        # their ids.
-        vocab = {to_chars(token): token_id for token, token_id in self.ranks.items()} | dict(added)
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        byte_level = {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": True,
-            "use_regex": False,
-        }
+        vocab = {to_chars(token): token_id for token, token_id in self.ranks.items()}
+        merges = [[to_chars(left), to_chars(right)] for left, right in merges_of(self.ranks)]
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
-        content = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [
-                {"id": token_id, "content": name, **flags, "special": name in self.special_tokens}
-                for name, token_id in added
-            ],
-            "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-            "post_processor": None,
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
-                "vocab": vocab,
-                "merges": [[to_chars(left), to_chars(right)] for left, right in merges_of(self.ranks)],
-            },
-        }
+        content = tokenizer_json(
+            bpe_model(vocab, merges),
+            self.special_tokens,
+            self.whitespace,
+            pre_tokenizer={"type": "Sequence", "pretokenizers": [split, byte_level(use_regex=False)]},
+            decoder=byte_level(use_regex=False),
+        )
         write_json(folder / "tokenizer.json", content)
         self.save_settings(folder)
 
@@ -280,32 +259,26 @@ class LibraryTokenizer(Tokenizer):
 
     def __init__(self, content: str, special_tokens: dict[str, int], settings: dict[str, Any]) -> None:
         tokenizers = optional_import("tokenizers", "this kind of tokenizer.json")
-        self.content = content
+        self.content, self.byte_level = content, '"ByteLevel"' in content
         self.library = tokenizers.Tokenizer.from_str(content)
-        self.library.encode_special_tokens = (
-            True  # in the library's words: special tokens in a text are plain text
-        )
+        self.library.encode_special_tokens = True  # as plain text, if a text has their names
         self.library.no_truncation()
         self.library.no_padding()
         ids = self.library.get_vocab(with_added_tokens=True).values()
         super().__init__(special_tokens, 1 + max(ids), settings)
-        self.names = {token_id: name for name, token_id in special_tokens.items()}
-        self.byte_level = '"ByteLevel"' in content
-        unknown = self.library.model.unk_token if hasattr(self.library.model, "unk_token") else None
-        # Some models (unigram) may take the marker as a piece all the same; then it is cut in two.
-        forbidden = [
-            name for name in special_tokens if name not in (unknown, "<unk>", "[UNK]") and len(name) > 1
-        ]
-        self.markers = regex.compile(
-            "|".join(f"(?<={regex.escape(n[0])})(?={regex.escape(n[1:])})" for n in forbidden)
+        # A unigram model may find the name as a piece all the same; then the text is cut inside the name.
+        forbidden = [name for name in special_tokens if name not in ("<unk>", "[UNK]") and len(name) > 1]
+        inside = (f"(?<={regex.escape(name[0])})(?={regex.escape(name[1:])})" for name in forbidden)
+        self.cuts, self.forbidden = (
+            regex.compile("|".join(inside)),
+            {special_tokens[name] for name in forbidden},
         )
-        self.forbidden = {special_tokens[name] for name in forbidden}
 
     def encode(self, text: str) -> list[int]:
         ids = self.library.encode(text, add_special_tokens=False).ids
         if self.forbidden.isdisjoint(ids):
             return ids
-        parts = self.markers.split(text)
+        parts = self.cuts.split(text)
         return [i for part in parts for i in self.library.encode(part, add_special_tokens=False).ids]
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
@@ -318,14 +291,8 @@ class LibraryTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self.library.decode(list(ids), skip_special_tokens=False)
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return b"".join(
-            self.names[i].encode() if i in self.names else self.token_bytes(i) for i in map(int, ids)
-        )
-
     def token_bytes(self, token_id: int) -> bytes:
-        """The library joins bytes into characters only in its own decoder, so its alphabets are undone
-        here."""
+        """The library joins bytes only in its own decoder, so its alphabets are undone here."""
         piece = self.library.id_to_token(token_id)
         if piece is None or token_id in self.names:
             return b""
@@ -355,23 +322,22 @@ class SentencePieceTokenizer(Tokenizer):
             self.library = library.SentencePieceProcessor(model_file=str(model_file))
         except (OSError, RuntimeError) as error:
             raise UserError(f"{model_file}: not a SentencePiece model ({error})") from None
-        sp, self.model_file = self.library, model_file
+        sp = self.library
         size = sp.vocab_size()
         self.pieces = [sp.id_to_piece(i) for i in range(size)]
         self.special = [sp.is_control(i) or sp.is_unknown(i) for i in range(size)]
         special_tokens = {self.pieces[i]: i for i in range(size) if self.special[i]} | extra
-        self.names = {token_id: name for name, token_id in special_tokens.items()}
-        named = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "pad_token": sp.pad_id()}
+        named = {
+            "unk_token": sp.unk_id(),
+            "bos_token": sp.bos_id(),
+            "eos_token": sp.eos_id(),
+            "pad_token": sp.pad_id(),
+        }
         settings = {key: self.pieces[i] for key, i in named.items() if i >= 0} | settings
         super().__init__(special_tokens, 1 + max(size - 1, *special_tokens.values()), settings)
 
     def encode(self, text: str) -> list[int]:
         return self.library.encode(text)
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return b"".join(
-            self.names[i].encode() if i in self.names else self.token_bytes(i) for i in map(int, ids)
-        )
 
     def token_bytes(self, token_id: int) -> bytes:
         ordinary = token_id < len(self.pieces) and token_id not in self.names
@@ -401,7 +367,7 @@ class SentencePieceTokenizer(Tokenizer):
                 splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
                 splits = [(left, right) for left, right in splits if left in ids and right in ids]
                 merges += [(-sp.get_score(i), -len(left), left, right) for left, right in splits]
-        merges.sort()
+        merges = [merge[2:] for merge in sorted(merges)]
         normalizers: list[dict[str, Any]] = [
             {"type": "Prepend", "prepend": "▁"},
             {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
@@ -409,37 +375,18 @@ class SentencePieceTokenizer(Tokenizer):
         if sp.encode("a  b") == sp.encode("a b"):  # trained to remove extra white space
             extra_spaces = {"Regex": r"\A +| +\z| +(?= )"}
             normalizers.insert(0, {"type": "Replace", "pattern": extra_spaces, "content": ""})
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        content = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": i, "content": name, **flags} for i, name in sorted(self.names.items())],
-            "normalizer": {"type": "Sequence", "normalizers": normalizers},
-            "pre_tokenizer": None,
-            "post_processor": None,
-            "decoder": {
-                "type": "Sequence",
-                "decoders": [
-                    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                    {"type": "ByteFallback"},
-                    {"type": "Fuse"},
-                    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-                ],
-            },
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": self.pieces[sp.unk_id()],
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": True,
-                "byte_fallback": True,
-                "ignore_merges": False,
-                "vocab": ids | self.special_tokens,
-                "merges": [[left, right] for _, _, left, right in merges],
-            },
-        }
+        decoders = [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]
+        content = tokenizer_json(
+            bpe_model(ids, merges, unk_token=self.pieces[sp.unk_id()], fuse_unk=True, byte_fallback=True),
+            self.special_tokens,
+            normalizer={"type": "Sequence", "normalizers": normalizers},
+            decoder={"type": "Sequence", "decoders": decoders},
+        )
         write_json(folder / "tokenizer.json", content)
         self.save_settings(folder)
 
@@ -456,9 +403,9 @@ def piece_bytes(piece: str) -> bytes:
 
 
 def strip_beside_runs(parts: list[str], runs: dict[str, int]) -> list[str]:
-    """MOSS's released tokenizer: the neighbours of an added token lose their white space on the side that
-    touches it, in order from the left, and a neighbour that is itself a run may vanish. Kept only to give
-    the same ids."""
+    """What MOSS's released tokenizer does, to give the same ids: from the left, the neighbours of a run lose
+    their white space on the side that touches it. A neighbour that is a run itself may vanish.
+    """
     parts = list(parts)
     for i, part in enumerate(parts):
         if part in runs:
@@ -470,83 +417,6 @@ def strip_beside_runs(parts: list[str], runs: dict[str, int]) -> list[str]:
 
 
 # ---------------------------------------------------------------- training
-
-
-def count_words(texts: Iterable[str], pattern: str) -> Counter[str]:
-    """How often each word occurs. Training then works on distinct words: a tenth to a hundredth of the
-    text."""
-    find, counts = regex.compile(pattern).findall, Counter()
-    for text in texts:
-        counts.update(find(text))
-    return counts
-
-
-def learn_merges(
-    words: list[list[int]],
-    counts: list[int],
-    names: dict[int, bytes],
-    n_merges: int,
-    first_id: int,
-    keep_ascii: bool,
-) -> None:
-    """Add up to n_merges tokens to `names` (id -> bytes), each joining the then most frequent pair of
-    neighbours.
-
-    words: token ids of each distinct word, altered in place; counts: how often each word occurs.
-    keep_ascii: never make a token of ASCII characters alone.
-    Ties go to the pair with the smaller ids, so the result depends on the counts alone. Stops early when no
-    pair occurs twice. The pair counts are kept up to date instead of counted anew, and only words that
-    contain the pair are touched; the heap may hold old, too high counts, which are corrected when they come
-    to the top.
-    """
-    pair_counts: dict[tuple[int, int], int] = defaultdict(int)
-    words_with: dict[tuple[int, int], set[int]] = defaultdict(set)
-    for index, word in enumerate(words):
-        for pair in zip(word, word[1:], strict=False):
-            pair_counts[pair] += counts[index]
-            words_with[pair].add(index)
-
-    def wanted(pair: tuple[int, int]) -> bool:
-        return not (keep_ascii and names[pair[0]].isascii() and names[pair[1]].isascii())
-
-    heap = [(-count, pair) for pair, count in pair_counts.items() if wanted(pair)]
-    heapq.heapify(heap)
-    new_id = first_id
-    while heap and new_id < first_id + n_merges:
-        negative_count, pair = heapq.heappop(heap)
-        count = pair_counts.get(pair, 0)
-        if count != -negative_count:
-            if count > 0:
-                heapq.heappush(heap, (-count, pair))
-            continue
-        if count < 2:
-            break
-        left, right = pair
-        names[new_id] = names[left] + names[right]
-        change: dict[tuple[int, int], int] = defaultdict(int)
-        for index in words_with.pop(pair):
-            word, n, start = words[index], counts[index], 0
-            while left in word[start:-1]:
-                i = word.index(left, start)
-                start = i + 1
-                if word[start] != right:
-                    continue
-                if i > 0:
-                    change[word[i - 1], left] -= n
-                    change[word[i - 1], new_id] += n
-                    words_with[word[i - 1], new_id].add(index)
-                if i + 2 < len(word):
-                    change[right, word[i + 2]] -= n
-                    change[new_id, word[i + 2]] += n
-                    words_with[new_id, word[i + 2]].add(index)
-                word[i : i + 2] = [new_id]
-        del pair_counts[pair]
-        change.pop(pair, None)
-        for other, difference in change.items():
-            pair_counts[other] += difference
-            if difference > 0 and wanted(other):
-                heapq.heappush(heap, (-pair_counts[other], other))
-        new_id += 1
 
 
 def train_tokenizer(
@@ -564,14 +434,14 @@ def train_tokenizer(
     n_merges = vocab_size - 256 - len(special_tokens)
     if n_merges < 0:
         raise UserError(
-            f"vocab_size {vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens"
+            f"vocab_size {vocab_size} is too small for 256 bytes and {len(special_tokens)} special tokens"
         )
     counts = count_words(texts, pattern)
     if not counts:
         raise UserError("no text to train a tokenizer on")
     names = {byte: bytes([byte]) for byte in range(256)}
     words = [list(word.encode("utf-8", errors="replace")) for word in counts]
-    learn_merges(words, list(counts.values()), names, n_merges, first_id=256, keep_ascii=False)
+    learn_merges(words, list(counts.values()), names, 256, n_merges)
     special = {name: len(names) + i for i, name in enumerate(special_tokens)}
     roles = {"bos_token": special_tokens[0], "eos_token": special_tokens[min(1, len(special_tokens) - 1)]}
     if len(special_tokens) > 2:
@@ -581,63 +451,36 @@ def train_tokenizer(
 
 
 def extend_tokenizer(
-    tokenizer: BytePairTokenizer, texts: Iterable[str], n_merges: int, keep_ascii: bool = True
+    tokenizer: BytePairTokenizer, texts: Iterable[str], n_merges: int, first_char: str = "\u2e80"
 ) -> BytePairTokenizer:
-    """Continue the merges of a vocabulary on new text, as MOSS did with some 55,000 Chinese ones on top of
-    GPT-2's.
+    """Continue the merges on new text, as MOSS did with some 55,000 Chinese ones on top of GPT-2's.
 
-    Every old id keeps its meaning, special tokens included, so the new ids start after the last old one. With
-    keep_ascii no new token is made of ASCII alone, which leaves the encoding of all ASCII text as it was:
-    English and code are untouched even where the new text is full of English names.
+    Every old id keeps its meaning, special tokens included; the new ids start after the last of them. Only
+    characters from first_char on are merged, by default those of Chinese, Japanese and Korean ("\u0400" would
+    add Cyrillic): the encoding of texts without them stays as it was, even where the new text quotes English.
     """
     if not isinstance(tokenizer, BytePairTokenizer):
         raise UserError("only byte-level BPE vocabularies can be extended")
-    counts = count_words(texts, tokenizer.pattern)
-    if keep_ascii:
-        counts = Counter({word: count for word, count in counts.items() if not word.isascii()})
+    runs = regex.compile(f"[{regex.escape(first_char)}-\U0010ffff]+")
+    counts: Counter[str] = Counter()
+    for word, count in count_words(texts, tokenizer.pattern).items():
+        for run in runs.findall(word):
+            counts[run] += count
     names = {token_id: token for token, token_id in tokenizer.ranks.items()}
-    words = [tokenizer.encoding.encode_ordinary(word) for word in counts]
-    learn_merges(words, list(counts.values()), names, n_merges, tokenizer.vocab_size, keep_ascii)
+    words = [tokenizer.encoding.encode_ordinary(run) for run in counts]
+    # Half a character may be a part of others too; beginning with its first byte, a token is of these alone.
+    learn_merges(words, list(counts.values()), names, tokenizer.vocab_size, n_merges, whole_start=True)
     ranks = {token: token_id for token_id, token in names.items()}
+    settings = {**tokenizer.settings, "chat_template": tokenizer.chat_template}
     return BytePairTokenizer(
-        ranks, tokenizer.special_tokens, tokenizer.pattern,
-        {**tokenizer.settings, "chat_template": tokenizer.chat_template}, tokenizer.whitespace,
-        tokenizer.mode,
-    )  # fmt: skip
-
-
-def apply_merges(content: bytes, ranks: dict[bytes, int], before: float = float("inf")) -> list[bytes]:
-    """Byte-pair encoding of one word as plain Python: join the neighbours with the lowest id, leftmost
-    first, until none is left. With `before`, only tokens of a lower id are made."""
-    parts = [content[i : i + 1] for i in range(len(content))]
-    while len(parts) > 1:
-        ids = [ranks.get(left + right, before) for left, right in zip(parts, parts[1:], strict=False)]
-        first = ids.index(min(ids))
-        if ids[first] >= before:
-            break
-        parts[first : first + 2] = [parts[first] + parts[first + 1]]
-    return parts
-
-
-def merges_of(ranks: dict[bytes, int]) -> list[list[bytes]]:
-    """The merge behind each token of more than one byte: the two parts that earlier merges leave of it."""
-    merges = [
-        apply_merges(token, ranks, before=token_id) for token, token_id in ranks.items() if len(token) > 1
-    ]
-    broken = next((parts for parts in merges if len(parts) != 2), None)
-    if broken:
-        raise UserError(
-            f"token {b''.join(broken)!r} is not made of two earlier tokens; the vocabulary is damaged"
-        )
-    return merges
+        ranks, tokenizer.special_tokens, tokenizer.pattern, settings, tokenizer.whitespace, tokenizer.mode
+    )
 
 
 # ---------------------------------------------------------------- loading
 
 
-def load_tokenizer(
-    path: str | Path, pattern: str | None = None, mode: Literal["lossless", "compat"] = "lossless"
-) -> Tokenizer:
+def load_tokenizer(path: str | Path, pattern: str | None = None, mode: Mode = "lossless") -> Tokenizer:
     """The tokenizer in a folder or file; the table at the top of this file lists the kinds.
 
     pattern: how a rank file's text is cut into words, where its name does not tell.
@@ -667,20 +510,18 @@ def load_tokenizer(
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """special_tokens_map.json, tokenizer_config.json and chat_template.jinja of a folder, with tokens as
-    text."""
+    """special_tokens_map.json, tokenizer_config.json and chat_template.jinja of a folder, as one."""
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             settings |= read_json(folder / name)
     if (folder / "chat_template.jinja").is_file():
         settings["chat_template"] = read_text(folder / "chat_template.jinja")
-    for key in ("bos_token", "eos_token", "pad_token"):
-        if isinstance(settings.get(key), dict):
+    for key in SETTINGS:
+        if isinstance(settings.get(key), dict):  # an AddedToken; its content is the text
             settings[key] = settings[key]["content"]
     if not isinstance(settings.get("chat_template"), str | None):
         settings["chat_template"] = None  # several named templates: none of them is the template
-    settings.pop("added_tokens_decoder", None)  # repeats what tokenizer.json says
     return settings
 
 
@@ -696,8 +537,7 @@ def with_end_token(settings: dict[str, Any], special_tokens: dict[str, int]) -> 
 
 
 def load_ranks(path: Path, pattern: str | None, settings: dict[str, Any]) -> BytePairTokenizer:
-    """A tiktoken rank file: lines of base64 bytes and rank. It holds neither the pattern nor the special
-    tokens."""
+    """A tiktoken rank file: lines of base64 bytes and rank, without the pattern and the special tokens."""
     ranks = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
@@ -715,29 +555,23 @@ def load_ranks(path: Path, pattern: str | None, settings: dict[str, Any]) -> Byt
     return BytePairTokenizer(ranks, special, pattern, {"eos_token": "<|endoftext|>"} | settings)
 
 
-def load_vocab_merges(
-    folder: Path, settings: dict[str, Any], mode: Literal["lossless", "compat"]
-) -> Tokenizer:
-    """GPT-2's two files; added_tokens.json, where there is one, adds markers and runs of white space
-    (MOSS)."""
+def load_vocab_merges(folder: Path, settings: dict[str, Any], mode: Mode) -> Tokenizer:
+    """GPT-2's two files; added_tokens.json, if there is one, adds markers and runs of white space (MOSS)."""
     names = [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")]
     pair = next((p for p in names if (folder / p[0]).is_file()), names[0])
     vocab_file, merges_file = folder / pair[0], folder / pair[1]
     for file in (vocab_file, merges_file):
         if not file.is_file():
             raise UserError(f"{file}: missing; a GPT-2-type tokenizer is {pair[0]} and {pair[1]} together")
+    vocab, added = read_json(vocab_file), read_added(folder)
     lines = [line for line in read_text(merges_file).split("\n") if line and not line.startswith("#version")]
     merges = [line.split(" ") for line in lines]
-    return byte_pair_tokenizer(
-        vocab_file, read_json(vocab_file), merges, read_added(folder), GPT2_PATTERN, settings, mode
-    ) or library_byte_pair(read_json(vocab_file), merges, read_added(folder), settings)
+    fast = byte_pair_tokenizer(vocab_file, vocab, merges, added, GPT2_PATTERN, settings, mode)
+    return fast or library_byte_pair(vocab, merges, added, settings)
 
 
-def load_tokenizer_json(
-    path: Path, settings: dict[str, Any], mode: Literal["lossless", "compat"]
-) -> Tokenizer:
-    """A tokenizer.json; through tiktoken where that gives the same ids, else through the library it was
-    made for."""
+def load_tokenizer_json(path: Path, settings: dict[str, Any], mode: Mode) -> Tokenizer:
+    """A tokenizer.json; through tiktoken where that gives the same ids, else through its own library."""
     content = read_json(path)
     try:
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
@@ -759,13 +593,10 @@ def byte_level_pattern(content: dict[str, Any]) -> str | None:
     """The word pattern of a plain byte-level BPE tokenizer.json; None if it does anything else besides."""
     steps = content["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
-    model, last = content["model"], steps[-1]
-    if (
-        model["type"] != "BPE"
-        or content["normalizer"]
-        or last.get("type") != "ByteLevel"
-        or last["add_prefix_space"]
-    ):
+    last = steps[-1]
+    if content["model"]["type"] != "BPE" or content["normalizer"]:
+        return None
+    if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
         return None
     if len(steps) == 1 and last.get("use_regex", True):
         return GPT2_PATTERN
@@ -779,9 +610,14 @@ def is_run(text: str) -> bool:
 
 
 def byte_pair_tokenizer(
-    path: Path, vocab: dict[str, int], merges: list[list[str]], added: dict[str, int], pattern: str,
-    settings: dict[str, Any], mode: Literal["lossless", "compat"],
-) -> BytePairTokenizer | None:  # fmt: skip
+    path: Path,
+    vocab: dict[str, int],
+    merges: list[list[str]],
+    added: dict[str, int],
+    pattern: str,
+    settings: dict[str, Any],
+    mode: Mode,
+) -> BytePairTokenizer | None:
     """The vocabulary for tiktoken, or None where tiktoken would give other ids.
 
     tiktoken joins the pair whose result has the lowest id: that is the merge list's order only if ids grow
@@ -807,59 +643,12 @@ def library_byte_pair(
     vocab: dict[str, int], merges: list[list[str]], added: dict[str, int], settings: dict[str, Any]
 ) -> LibraryTokenizer:
     """GPT-2's two files in an order that tiktoken cannot follow, as a tokenizer.json for the library."""
-    special = {name: i for name, i in vocab.items() if name.startswith("<|") and name.endswith("|>")} | added
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    content = {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": i, "content": name, **flags, "special": not is_run(name)} for name, i in special.items()
-        ],
-        "pre_tokenizer": byte_level,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab | special, "merges": merges},
-    }
-    special = {name: i for name, i in special.items() if not is_run(name)}
+    runs = {name: i for name, i in added.items() if is_run(name)}
+    special = {name: i for name, i in vocab.items() if name.startswith("<|") and name.endswith("|>")}
+    special |= {name: i for name, i in added.items() if name not in runs}
+    model, split = bpe_model(vocab, merges), byte_level(use_regex=True)
+    content = tokenizer_json(model, special, runs, pre_tokenizer=split, decoder=split)
     return LibraryTokenizer(json.dumps(content), special, with_end_token(settings, special))
-
-
-# ---------------------------------------------------------------- files
-
-
-def optional_import(package: str, purpose: str) -> Any:
-    """A package that only some tokenizers need; UserError says which and how to get it."""
-    try:
-        return __import__(package)
-    except ImportError:
-        raise UserError(f"{purpose} needs the package {package}: pip install {package}") from None
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------- command line
@@ -881,7 +670,6 @@ class ExtendConfig:
     data: tuple[str, ...] = ()  # sources to learn from, as for data/text.py (weights have no meaning here)
     max_bytes: int = 30_000_000  # of text read from each source
     n_merges: int = 2000  # new ids
-    keep_ascii: bool = True  # leave the encoding of ASCII text as it is
     out: str = ""  # folder to write
 
 
@@ -904,9 +692,7 @@ def main() -> None:
         print(f"{__doc__}\nOptions: see `train --help` and `extend --help`")
         return
     if command not in commands:
-        raise UsageError(
-            f"expected `train` or `extend` as the first word, not {command!r} (--help says more)"
-        )
+        raise UsageError(f"expected `train` or `extend` as the first word, not {command!r}; see --help")
     config = parse(commands[command], {"default": {}}, sys.argv[2:], about=__doc__)
     if not config.data or not config.out:
         raise UsageError("--data and --out are needed")
@@ -915,7 +701,7 @@ def main() -> None:
         tokenizer = train_tokenizer(texts, config.vocab_size)
     else:
         old = load_tokenizer(config.tokenizer)
-        tokenizer = extend_tokenizer(old, texts, config.n_merges, config.keep_ascii)
+        tokenizer = extend_tokenizer(old, texts, config.n_merges)
     tokenizer.save(config.out)
     print(f"{config.out}: {tokenizer.vocab_size} ids, {time.process_time():.0f} CPU seconds")
 

@@ -431,7 +431,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
             "".join(json.dumps({"text": text}) + "\n" for text in STORIES[50 * i : 50 * i + 50]).encode()
         )
         for i in range(6)
-    } | {"datasets/me/set/README.md": b"about", "datasets/me/set/zh/a.txt": STORIES[0].encode()}
+    }
+    files |= {"datasets/me/set/README.md": b"about", "datasets/me/set/zh/a.txt": STORIES[0].encode()}
+    files |= {"datasets/me/set/test/a.txt": STORIES[1].encode(), "datasets/me/set/zh/validation.txt": b"x"}
     fake = FakeHub(files)
     for module in (data.sources, data.text):
         monkeypatch.setattr(module, "hub_filesystem", lambda repository: fake)
@@ -446,6 +448,7 @@ def test_hub_set_is_streamed_and_cut(hub: FakeHub, tokenizer: Tokenizer) -> None
     whole, _ = prepare(("hub/me/set/part-*.jsonl.gz",), tokenizer)
     assert sum(whole.manifest["sources"][0][split]["documents"] for split in ("train", "val")) == 300
     assert [d.text for d in documents(parse_source("hub/me/set/zh"))] == [STORIES[0]]
+    assert [d.text for d in documents(parse_source("hub/me/set/test"))] == [STORIES[1]]
     with pytest.raises(UserError, match="no .jsonl"):
         list(documents(parse_source("hub/me/set/nothing")))
 
