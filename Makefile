@@ -22,10 +22,7 @@ lint: .venv/ready-dev ## style
 	.venv/bin/ruff format --check .
 
 bench: .venv/ready-dev ## measure again what docs/results.md says
-	$(PYTHON) benchmarks/pretrain.py
-	$(PYTHON) benchmarks/shakespeare.py
-	$(PYTHON) benchmarks/tokenizer.py
-	$(PYTHON) benchmarks/generate.py
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/all.py
 
 clean: ## remove runs, caches and the virtual environment
 	rm -rf runs data/cache .venv .pytest_cache .ruff_cache
