@@ -117,6 +117,27 @@ def attention(
     return {"sdpa": sdpa_attention, "reference": reference_attention}[impl](q, k, v, bounds, causal, scale)
 
 
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float | None = None, impl: Impl = "auto"
+) -> Tensor:
+    """One query a sequence over its cache: q [B, H, D], keys and values [B, KV, S, D], without gradients.
+
+    Sequence b has filled the first lengths[b] (int32) places of its cache. Their order is of no matter, so a
+    rolling buffer that has wrapped around is one whose every place is filled. Returns [B, H, D]; 0 for an
+    empty cache.
+    """
+    B, H, D = q.shape
+    scale = D**-0.5 if scale is None else scale
+    if (choose(q) if impl == "auto" else impl) == "triton":
+        from kernels.decode import flash_decode
+
+        return flash_decode(q, keys, values, lengths, scale)
+    filled = torch.arange(keys.shape[2], device=q.device) < lengths[:, None]  # [B, S]
+    grouped = q.unflatten(1, (keys.shape[1], -1))  # the heads of a group stand as queries of their key head
+    mask = filled[:, None, None, :]
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).flatten(1, 2)
+
+
 def choose(q: Tensor) -> Impl:
     """The implementation that `auto` stands for: a matter of the device and the head dimension only."""
     kernels_run_here = INTERPRETED or q.is_cuda and HAS_TRITON

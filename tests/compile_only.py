@@ -6,6 +6,7 @@ tensors then specialises and compiles each kernel as it would on that GPU, launc
 ships.
 """
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -19,6 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import ty_to_cpp
 from triton.compiler.compiler import max_shared_mem
 from triton.runtime import driver
+
+from kernels import attention, make_bounds
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory that one block may use: CUDA programming guide, table of compute capabilities; CDNA3
@@ -151,3 +154,19 @@ def inspect_sass(kernel: triton.compiler.CompiledKernel) -> Sass:
 
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def attention_kernels(
+    architecture: int | str, head_dim: int, dtype: torch.dtype, causal: bool, bounded: bool
+) -> dict[str, triton.compiler.CompiledKernel]:
+    """The three attention kernels as `kernels.attention` launches them on that GPU: 8 query heads over 2 key
+    heads."""
+    flash = importlib.import_module("kernels.flash")
+    entries = {"forward": flash.forward_kernel, "dkdv": flash.dkdv_kernel, "dq": flash.dq_kernel}
+    pretend(architecture)
+    for entry in entries.values():
+        forget(entry)
+    q, k, v = (torch.zeros(2, 1024, heads, head_dim, dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
+    bounds = make_bounds(1024, window=100) if bounded else None
+    attention(q, k, v, bounds, causal, impl="triton").sum().backward()
+    return {name: compiled(entry)[0] for name, entry in entries.items()}

@@ -19,7 +19,7 @@ if INTERPRETED:
 # Kernels run in Triton's interpreter, which must be chosen before Triton is imported, or on a GPU.
 runs_kernels = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
-    reason="needs the interpreter: run by tests/test_kernels_interpreted.py in a process with TRITON_INTERPRET=1",
+    reason="needs the interpreter: tests/test_kernels_interpreted.py runs it in a process of its own",
 )
 only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="examines the interpreter's addresses")
 not_interpreted = pytest.mark.skipif(

@@ -1,7 +1,7 @@
 """Attention: the bounds, the three implementations, and the Triton kernels against float64."""
 
+import importlib
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -173,9 +173,7 @@ CASES = [
 @contextmanager
 def cut_into(tiles: tuple[int, int], tma: bool) -> Iterator[None]:
     """In the interpreter, where any tile works, the three kernels with these tiles; on a GPU, its own."""
-    import kernels.flash  # noqa: F401  (the package's attribute of that name is enough for the next line)
-
-    flash = sys.modules["kernels.flash"]
+    flash = importlib.import_module("kernels.flash")
     usual = flash.config_for
     cut = flash.Tiles(*tiles, warps=4, stages=1, tma=tma)
     if INTERPRETED:
@@ -361,12 +359,9 @@ def test_kernel_gives_the_same_bits_compiled_and_recomputed() -> None:
 
 @runs_kernels
 def test_kernel_result_is_kept_by_selective_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels.flash import config_for
-
-    calls = []
-    monkeypatch.setattr(
-        sys.modules["kernels.flash"], "config_for", lambda q: calls.append(1) or config_for(q)
-    )
+    flash = importlib.import_module("kernels.flash")
+    config_for, calls = flash.config_for, []
+    monkeypatch.setattr(flash, "config_for", lambda q: calls.append(1) or config_for(q))
     layer_results(False, "selective")
     kept = len(calls)
     layer_results(False, "full")
