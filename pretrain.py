@@ -181,7 +181,14 @@ def build_model(config: Config, run: Run, corpus: Corpus, tokenizer: Tokenizer) 
         model = materialize(parallelize(model, run), run)
         model.init_weights(config.seed)
         return model
-    start = read_config(config.init_from)
+    start, old = read_config(config.init_from), load_tokenizer(config.init_from)
+    known = min(old.vocab_size, tokenizer.vocab_size)
+    strange = next((i for i in range(known) if old.token_bytes(i) != tokenizer.token_bytes(i)), None)
+    if strange is not None or tokenizer.vocab_size < old.vocab_size:
+        where = f"id {known if strange is None else strange} differs"
+        raise UserError(
+            f"--tokenizer {config.tokenizer} does not continue that of {config.init_from} ({where})"
+        )
     grown = tokenizer.vocab_size - start.vocab_size
     if grown <= 0 and not config.expand_layers:
         with torch.device("meta"):
@@ -192,7 +199,6 @@ def build_model(config: Config, run: Run, corpus: Corpus, tokenizer: Tokenizer) 
     # Surgery works on whole weights: each process makes the same model, then keeps its share.
     model = load_pretrained(config.init_from)
     if grown > 0:
-        old = load_tokenizer(config.init_from)
         pieces = [
             old.encode_bytes(tokenizer.token_bytes(i)) for i in range(start.vocab_size, tokenizer.vocab_size)
         ]

@@ -11,6 +11,7 @@ import inspect
 import io
 import os
 import sys
+import time
 import tokenize
 import types
 import typing
@@ -208,11 +209,13 @@ def require(condition: bool, message: str) -> None:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main; a UserError becomes one line on stderr and its exit code."""
+    """Run a script's main; an error that the user can mend becomes one line on stderr and its exit code."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(3)  # the first process most likely says the same, and its exit ends this one
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
         # Other processes may wait in a collective for this one, so leave without their agreement.
-        os._exit(error.exit_code)
+        os._exit(getattr(error, "exit_code", 1))

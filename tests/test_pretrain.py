@@ -228,6 +228,19 @@ def test_bad_data_is_named(corpus: Path, tmp_path: Path) -> None:
         run(corpus, tmp_path / "b", "--data", str(empty))
 
 
+def test_a_diverging_run_ends_with_a_line(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="20 steps in a row had a loss or gradient norm that is not finite"):
+        run(corpus, tmp_path / "a", "--steps", "60", "--lr", "1e30", "--weight_decay", "1e30")
+
+
+def test_tokenizer_of_another_model_is_refused(corpus: Path, tmp_path: Path) -> None:
+    run(corpus, tmp_path / "a")
+    run(corpus, tmp_path / "b", "--data", str(corpus / "more.jsonl"))
+    words = ("--init_from", str(tmp_path / "a/model"), "--tokenizer", str(tmp_path / "b/model"))
+    with pytest.raises(UserError, match=r"does not continue that of .*id \d+ differs"):
+        run(corpus, tmp_path / "c", *words)
+
+
 def test_dry_run_starts_nothing(tmp_path: Path) -> None:
     words = [sys.executable, "pretrain.py", "--preset", "moxin-7b", "--dry_run", "--out", str(tmp_path / "a")]
     shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
