@@ -29,7 +29,6 @@ import argparse
 import json
 import os
 import sys
-from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -103,6 +102,19 @@ def render(
         pieces = tulu_pieces(messages, end_token(tokenizer), add_generation_prompt)
     else:
         pieces = moss_pieces(messages, train_on == "moss-official", add_generation_prompt)
+    return tokenize(pieces, tokenizer, chat_format)
+
+
+def after_commands(turn: Message, meta: str, tokenizer: Tokenizer) -> list[int]:
+    """What stands between the <eoc> that the model wrote and its answer: the turn's results, and its header.
+
+    Appended to the tokens sampled so far, it continues a turn without tokenising the model's own words again.
+    """
+    return tokenize(results_pieces(turn, meta, 0, False), tokenizer, "moss").ids
+
+
+def tokenize(pieces: list[Piece], tokenizer: Tokenizer, chat_format: ChatFormat) -> Rendered:
+    """Pieces -> tokens, with what is not ours to trust made plain."""
     rendered, stretch = Rendered(), []
     markers = all_markers(tokenizer, chat_format)
     for piece in pieces:
@@ -165,17 +177,11 @@ def moss_pieces(messages: list[Message], official: bool, add_generation_prompt: 
         pieces += [
             Piece(" " + (message.get("thoughts") or "None"), "thoughts", turn, True),
             Piece("<eot>", "end", turn, True, True),
-            Piece(
-                "\n<|Commands|>:", "header", turn, True
-            ),  # the model writes on from its thoughts to its commands
+            # The model writes on from its thoughts to its commands, so this header is its own.
+            Piece("\n<|Commands|>:", "header", turn, True),
             Piece(" " + (message.get("commands") or "None"), "commands", turn, True),
             Piece("<eoc>", "end", turn, True, True),
-            Piece("\n<|Results|>:", "header", turn, official),
-            Piece(results_block(message.get("results") or "None", meta), "results", turn),
-            Piece("<eor>", "end", turn, official, True),
-            Piece("\n", "header", turn, official),
-            *quality_pieces(message, turn),
-            Piece("<|MOSS|>:", "header", turn, official),
+            *results_pieces(message, meta, turn, official),
         ]
         if "content" in message:
             pieces += [
@@ -187,6 +193,18 @@ def moss_pieces(messages: list[Message], official: bool, add_generation_prompt: 
     if ends_in_user and not add_generation_prompt:
         pieces[-1].text = "\n"  # nobody is to answer: no header for the thoughts
     return pieces
+
+
+def results_pieces(message: Message, meta: str, turn: int, official: bool) -> list[Piece]:
+    """From behind the commands to the answer's header: given to the model by the program."""
+    return [
+        Piece("\n<|Results|>:", "header", turn, official),
+        Piece(results_block(message.get("results") or "None", meta), "results", turn),
+        Piece("<eor>", "end", turn, official, True),
+        Piece("\n", "header", turn, official),
+        *quality_pieces(message, turn),
+        Piece("<|MOSS|>:", "header", turn, official),
+    ]
 
 
 def quality_pieces(message: Message, turn: int) -> list[Piece]:
@@ -361,32 +379,6 @@ def select_turns(messages: list[Message], wanted: list[int]) -> list[Message]:
         if turn == -1 or turn in wanted:
             chosen.append(message)
     return chosen
-
-
-def pack(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing bin packing: rows of item numbers, lengths in a row summing to at most capacity."""
-    rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows that have exactly this much room left
-    rooms: list[int] = []  # rooms with a non-empty list above, sorted
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[item]
-        if length > capacity:
-            raise ValueError(f"item {item} has {length} tokens, more than a row of {capacity}")
-        place = bisect_left(rooms, length)
-        if place < len(rooms):
-            room = rooms[place]
-            row = by_room[room].pop()
-            if not by_room[room]:
-                del rooms[place]
-        else:
-            room, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(item)
-        left = room - length
-        if not by_room[left]:
-            insort(rooms, left)
-        by_room[left].append(row)
-    return rows
 
 
 # Looking at what is trained

@@ -20,14 +20,16 @@ out unless keep_noisy.
 
 import json
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from core import tools
 from core.config import UserError
+from data.sources import hub_filesystem, optional
 
 Message = dict[str, Any]
 
@@ -41,6 +43,7 @@ ROLES = {
     "tool": "result",
     "observation": "result",
 }
+SUFFIXES = (".jsonl", ".json", ".parquet", ".zip")
 MOSS_FIELDS = {  # field: (header, terminator, name in our messages)
     "Human": ("<|Human|>:", "<eoh>", "content"),
     "Inner Thoughts": ("<|Inner Thoughts|>:", "<eot>", "thoughts"),
@@ -69,10 +72,10 @@ class Reading:
         return [counted, *self.remarks[:examples], *([f"... and {more} remarks more"] if more > 0 else [])]
 
 
-def read_conversations(path: str | Path, skip_bad: bool = False, keep_noisy: bool = False) -> Reading:
-    """All conversations of a .jsonl file (a record a line), a .json file (an array or one), or a folder."""
+def read_conversations(source: str | Path, skip_bad: bool = False, keep_noisy: bool = False) -> Reading:
+    """All conversations of a file, a folder or a hub data set (`records` lists the kinds)."""
     reading = Reading()
-    for place, record in records(Path(path)):
+    for place, record in records(str(source)):
         try:
             conversation = convert(json.loads(record) if isinstance(record, str) else record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -89,36 +92,69 @@ def read_conversations(path: str | Path, skip_bad: bool = False, keep_noisy: boo
             reading.conversations.append(conversation)
             reading.counts["read"] += 1
     if not reading.conversations:
-        raise UserError(f"{path}: no usable conversation in it ({reading.summary(1)})")
+        raise UserError(f"{source}: no usable conversation in it ({reading.summary(1)})")
     return reading
 
 
-def records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record); in a .jsonl file the record is still text, so that a bad line is one bad record."""
+def records(source: str) -> Iterator[tuple[str, Any]]:
+    """(place, record) of a file, of a folder, or of hub/OWNER/NAME[/folder or glob], file after file by name.
+
+    A record of a .jsonl file is still text, so that a bad line is one bad record.
+    """
     try:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in (".json", ".jsonl"))
-            if not inside:
-                raise UserError(f"{path}: no .json or .jsonl file in this folder")
-            for file in inside:
-                yield from records(file)
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8-sig") as lines:
-                yield from (
-                    (f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()
-                )
+        if source.startswith("hub/"):
+            _, owner, name, *rest = source.split("/")
+            files: Any = hub_filesystem(f"{owner}/{name}")
+            place = "/".join(("datasets", owner, name, *rest))
+            found = files.glob(place) if "*" in place else files.find(place)
         else:
-            whole = json.loads(path.read_text(encoding="utf-8-sig"))
-            each = whole if isinstance(whole, list) else [whole]
-            yield from ((f"{path}:record {number}", record) for number, record in enumerate(each, 1))
+            files, path = LocalFiles(), Path(source)
+            found = [str(p) for p in path.rglob("*") if p.is_file()] if path.is_dir() else [source]
+        known = sorted(name for name in found if name.endswith(SUFFIXES))
+        if not known:
+            raise UserError(f"{source}: no {', '.join(SUFFIXES)} file there")
+        for name in known:
+            with files.open(name, "rb") as stream:
+                yield from read_stream(stream, name)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file or folder") from None
+        raise UserError(f"{source}: no such file or folder") from None
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read: {error}") from None
+
+
+class LocalFiles:
+    """The one method of a file system that `records` needs, on this machine's disk."""
+
+    open = staticmethod(open)
+
+
+def read_stream(stream: IO[bytes], name: str) -> Iterator[tuple[str, Any]]:
+    """(place, record) of one open file."""
+    try:
+        if name.endswith(".jsonl"):
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield f"{name}:{number}", line.decode("utf-8-sig")
+        elif name.endswith(".json"):
+            whole = json.loads(stream.read().decode("utf-8-sig"))
+            each = whole if isinstance(whole, list) else [whole]
+            yield from ((f"{name}:record {number}", record) for number, record in enumerate(each, 1))
+        elif name.endswith(".zip"):
+            with zipfile.ZipFile(stream) as archive:
+                for member in sorted(m for m in archive.namelist() if m.endswith(SUFFIXES)):
+                    with archive.open(member) as inside:
+                        yield from read_stream(inside, f"{name}/{member}")
+        else:
+            table = optional("pyarrow.parquet", name).ParquetFile(stream)
+            rows = (row for batch in table.iter_batches(1000) for row in batch.to_pylist())
+            yield from ((f"{name}:row {number}", row) for number, row in enumerate(rows, 1))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+        raise UserError(f"{name}: not UTF-8 ({error.reason}); convert it to UTF-8") from None
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not JSON: {error.msg}; a record a line belongs in a .jsonl file"
-        ) from None
+        what = "a record a line belongs in a .jsonl file"
+        raise UserError(f"{name}:{error.lineno}: not JSON: {error.msg}; {what}") from None
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{name}: {error}; fetch it again") from None
 
 
 def convert(record: dict[str, Any]) -> list[Message]:
