@@ -109,7 +109,7 @@ def rotary_tables(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     The two halves of R are for the two members of a pair; the sine of the first is negative.
     """
     even = torch.arange(0, config.rotary, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[..., None].float() * config.rope_theta ** -(even / config.rotary)
+    angles = positions[..., None].float() * (1.0 / config.rope_theta ** (even / config.rotary))
     cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -122,7 +122,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rope
     width = cos.shape[-1]
     pairs, rest = x[..., :width].float(), x[..., width:]
-    turned = torch.addcmul(pairs * cos, pairs.roll(width // 2, -1), sin).to(x.dtype)
+    turned = (pairs * cos + pairs.roll(width // 2, -1) * sin).to(x.dtype)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
