@@ -383,7 +383,13 @@ def save_pretrained(
             if main:
                 tensors[name] = parts[0] if len(parts) == 1 else pack_qkv(*parts, model.config)
         if main:
-            save_file(tensors, partial / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, partial / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise UserError(
+                    f"{target}: cannot write {file} ({error}); make room and save again"
+                ) from None
     if main:
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

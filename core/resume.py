@@ -44,7 +44,7 @@ class Checkpointer:
             backend="gloo"
         )  # its own, so that saving never mixes with training's collectives
         self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
+        self.error: UserError | None = None
 
     def save(self, step: int, **counters: Any) -> None:
         """Start writing step_{step}; training may go on at once. Raises UserError if the save before this
@@ -72,7 +72,7 @@ class Checkpointer:
                 process_group=self.group,
             )
         except Exception as error:
-            raise self.failure(error) from None
+            raise self.failure(error, partial) from None
         self.thread = threading.Thread(target=self._complete, args=(future, partial, target, state))
         self.thread.start()
 
@@ -86,8 +86,8 @@ class Checkpointer:
                 partial.rename(target)
                 for old in complete(self.folder)[: -self.run.config.keep_checkpoints]:
                     shutil.rmtree(old)
-        except Exception as error:
-            self.error = error
+        except BaseException as error:  # CheckpointException is no Exception; `wait` raises it in its place
+            self.error = self.failure(error, partial)
 
     def wait(self) -> None:
         """Return when nothing is being written. Raises UserError if the last save failed."""
@@ -95,14 +95,19 @@ class Checkpointer:
             self.thread.join()
             self.thread = None
         if self.error is not None:
-            raise self.failure(self.error)
+            raise self.error
 
-    def failure(self, error: Exception) -> UserError:
+    def failure(self, error: BaseException, partial: Path) -> UserError:
+        """What to tell the user; what was half written is removed."""
+        reason = str(error).strip().splitlines()[-1][-200:]
+        free = shutil.disk_usage(self.run.folder).free / 1e6
+        if self.run.main:
+            shutil.rmtree(partial, ignore_errors=True)
         kept = complete(self.folder)
         remains = f"the newest complete one is {kept[-1]}" if kept else "there is none before it"
-        reason = " ".join(str(error).split())[-300:]
         return UserError(
-            f"cannot save a checkpoint in {self.folder} ({reason}); {remains}; free space, then --resume"
+            f"cannot save a checkpoint in {self.folder} ({reason}; {free:.1f} MB were free on the disk); "
+            f"{remains}; make room, then --resume"
         )
 
     def load(self) -> dict[str, Any]:
