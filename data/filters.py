@@ -115,7 +115,7 @@ def prose_quality(text: str, kind: Language) -> str | None:
         return "word length"
     if kind == "en" and len(ENGLISH_WORDS.intersection(words)) < 2:
         return "no sentences"
-    # Repetition (Gopher, table A1): more than 30 % of the lines, or 20 % of the text, said before.
+    # More than 30 % of the lines, or 20 % of the text, said before (Gopher, table A1).
     repeated = [line for line, times in Counter(lines).items() for _ in range(times - 1)]
     if len(repeated) > 0.3 * len(lines) or sum(map(len, repeated)) > 0.2 * len(text):
         return "repetition"
@@ -188,8 +188,10 @@ class Filters:
         self.languages: Counter[str] = Counter()
 
     def accept(self, text: str, kind: Language | Literal["drill", ""]) -> bool:
-        """Whether the document stays. kind: what its source says it is; "" = find out. Drills are exempt
-        from the rules of shape and from near duplication: they are made alike on purpose."""
+        """Whether the document stays. kind: what its source says it is; "" = find out.
+
+        Drills are exempt from the rules of shape and from near duplication: they are made alike on purpose.
+        """
         found = kind or language(text)
         reason = self.reason(text, found)
         self.counts[reason or "kept"] += 1

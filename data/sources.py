@@ -94,8 +94,7 @@ def parse_source(word: str) -> Source:
 
 
 def documents(source: Source) -> Iterator[Document | BadRecord]:
-    """Every document of a source in a fixed order; what cannot be read comes as a BadRecord, for the caller
-    to raise."""
+    """Every document of a source in a fixed order. What cannot be read comes as a BadRecord, not raised."""
     if source.word == "python-code":
         return python_code()
     if source.word == "python-docs":
@@ -127,8 +126,7 @@ def state_of(source: Source) -> list[Any]:
 
 @functools.cache
 def python_files() -> list[tuple[str, Path, int]]:
-    """(name, path, bytes) of every Python file installed, in the order of a hash of the name:
-    package/sub/file.py."""
+    """(name as package/file.py, path, bytes) of every installed Python file, by the hash of its name."""
     found = {}
     for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
         for path in Path(root).rglob("*.py"):
@@ -144,8 +142,7 @@ def package_of(name: str) -> str:
 
 
 def held_out_packages(fraction: float) -> set[str]:
-    """Whole packages for validation, with about `fraction` of all bytes: small enough ones in the order of
-    a hash."""
+    """Whole packages for validation with about `fraction` of all bytes: by the order of a hash."""
     sizes: dict[str, int] = {}
     for name, _, size in python_files():
         sizes[package_of(name)] = sizes.get(package_of(name), 0) + size
@@ -184,8 +181,7 @@ def source_text(path: Path) -> str:
 def docstrings(text: str) -> list[str]:
     """Strings in three double quotes that stand as statements of their own, without their indentation.
 
-    Splitting at the quotes is fifty times faster than parsing. A file whose quotes do not pair up is left
-    out.
+    Splitting at the quotes is many times faster than parsing. A file whose quotes do not pair up is left out.
     """
     parts = text.split('"""')
     if len(parts) % 2 == 0:
@@ -211,8 +207,7 @@ def all_drills() -> Iterator[Document]:
 
 
 def local_files(path: Path) -> list[Path]:
-    """The readable files of a folder in order of name, or the file itself. Raises UserError if there is
-    none."""
+    """The readable files of a folder in order of name, or the file itself. UserError if there is none."""
     known = (*PLAIN, *LINES, *TABLES)
     if path.is_file():
         if kind_of(path.name) not in known:

@@ -275,6 +275,7 @@ class LibraryTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> list[int]:
+        text = whole_characters(text)
         ids = self.library.encode(text, add_special_tokens=False).ids
         if self.forbidden.isdisjoint(ids):
             return ids
@@ -282,6 +283,7 @@ class LibraryTokenizer(Tokenizer):
         return [i for part in parts for i in self.library.encode(part, add_special_tokens=False).ids]
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
+        texts = [whole_characters(text) for text in texts]
         found = [item.ids for item in self.library.encode_batch(texts, add_special_tokens=False)]
         return [
             ids if self.forbidden.isdisjoint(ids) else self.encode(text)
@@ -337,7 +339,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(special_tokens, 1 + max(size - 1, *special_tokens.values()), settings)
 
     def encode(self, text: str) -> list[int]:
-        return self.library.encode(text)
+        return self.library.encode(whole_characters(text))
 
     def token_bytes(self, token_id: int) -> bytes:
         ordinary = token_id < len(self.pieces) and token_id not in self.names
@@ -393,6 +395,11 @@ class SentencePieceTokenizer(Tokenizer):
 
 def fingerprint_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def whole_characters(text: str) -> str:
+    """The text with surrogates paired up or replaced, as tiktoken does; the other libraries refuse them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def piece_bytes(piece: str) -> bytes:

@@ -1,5 +1,4 @@
-"""Filters: every rule has a text that breaks it, near duplication follows the Jaccard similarity, 13 words
-contaminate."""
+"""Filters: a text for each rule that breaks it, MinHash against the Jaccard similarity, contamination."""
 
 import random
 from collections import Counter

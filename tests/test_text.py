@@ -1,5 +1,4 @@
-"""From documents to batches: preparation, its files and errors, drills, streaming, and what batches
-promise."""
+"""From documents to batches: files, errors, drills, streaming from the hub, and what batches promise."""
 
 import gzip
 import hashlib

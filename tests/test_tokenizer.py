@@ -1,5 +1,4 @@
-"""Tokenizers: training against a naive trainer, ids against the reference libraries, extension, hostile text
-and files."""
+"""Tokenizers against a naive trainer and the reference libraries; extension, hostile text and files."""
 
 import argparse
 import base64
@@ -338,6 +337,11 @@ def test_sentencepiece(name: str, real_data: Path, tmp_path: Path) -> None:
         assert ours.decode_bytes(ids) == library.decode_bytes(ids)
         assert ours.decode_bytes(ids[:3]) + ours.decode_bytes(ids[3:]) == ours.decode_bytes(ids)
     assert ours.decode(ours.encode("Hello 世界")) == "Hello 世界"
+    for tokenizer in (ours, library):
+        halves = "a\ud83d\ude00b\ud800"
+        assert (
+            tokenizer.encode(halves) == tokenizer.encode("a😀b\ufffd") == tokenizer.encode_many([halves])[0]
+        )
     assert (ours.bos_id, ours.eos_id) == (library.bos_id, library.eos_id) == (1, 2)
 
 
