@@ -2,9 +2,10 @@
 
 The one renderer for every stage that sees conversations: fine-tuning, preferences, reinforcement, chat. A
 conversation is a list of messages `{"role": "system" | "user" | "assistant", "content": text}`, system first
-if at all, then user and assistant in turn. An assistant message may also carry `thoughts`, `commands` and
-`results` (MOSS's other fields; absent = None) and `quality` (a level, rendered as the reserved token
-`<quality_k>`).
+if at all, then user and assistant in turn. A user's content may also be a list of parts, {"type": "text",
+"text": ...} and {"type": "image"}; the latter alone, rendered as `model.PATCH`, stands for a picture. An
+assistant message may also carry `thoughts`, `commands` and `results` (MOSS's other fields; absent = None) and
+`quality` (a level, rendered as the reserved token `<quality_k>`).
 
 Two formats, ⏎ = newline:
 
@@ -42,6 +43,7 @@ from core import tools
 from core.config import UserError, run_main
 from data.readers import Message, read_conversations
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from model import PATCH
 
 ChatFormat = Literal["tulu", "moss"]
 TrainOn = Literal["assistant", "moss-official"]
@@ -125,6 +127,9 @@ def tokenize(pieces: list[Piece], tokenizer: Tokenizer, chat_format: ChatFormat)
             continue
         add_stretch(rendered, stretch, tokenizer)
         stretch = []
+        if piece.label == "image":
+            rendered.add([PATCH], piece)
+            continue
         if piece.text not in tokenizer.special_tokens:
             raise UserError(
                 f"this tokenizer has no {piece.text} token, which the {chat_format} format needs here"
@@ -147,7 +152,7 @@ def tulu_pieces(messages: list[Message], end: str, add_generation_prompt: bool) 
         if role != "assistant":
             pieces += [
                 Piece(header, "header", turn),
-                Piece(message["content"], role, turn),
+                *said_pieces(message["content"], role, turn),
                 Piece("\n", "header", turn),
             ]
             continue
@@ -169,7 +174,7 @@ def moss_pieces(messages: list[Message], official: bool, add_generation_prompt: 
             turn += 1
             pieces += [
                 Piece("<|Human|>:", "header", turn, official),
-                Piece(" " + message["content"], "user", turn, official),
+                *said_pieces(message["content"], "user", turn, official, before=" "),
                 Piece("<eoh>", "end", turn, official, True),
                 Piece("\n<|Inner Thoughts|>:", "header", turn, official),
             ]
@@ -205,6 +210,21 @@ def results_pieces(message: Message, meta: str, turn: int, official: bool) -> li
         *quality_pieces(message, turn),
         Piece("<|MOSS|>:", "header", turn, official),
     ]
+
+
+def said_pieces(
+    content: str | list[dict[str, str]], label: str, turn: int, trained: bool = False, before: str = ""
+) -> list[Piece]:
+    """Text, or parts: {"type": "image"} stands for a picture, {"type": "text", "text": ...} for words."""
+    if isinstance(content, str):
+        return [Piece(before + content, label, turn, trained)]
+    pieces = [Piece(before, "header", turn, trained)]
+    for part in content:
+        if part["type"] == "image":
+            pieces.append(Piece("<image>", "image", turn, control=True))
+        else:
+            pieces.append(Piece(part["text"], label, turn, trained))
+    return pieces
 
 
 def quality_pieces(message: Message, turn: int) -> list[Piece]:
@@ -264,6 +284,15 @@ TEMPLATE_START = r"""
   {%- endfor -%}
   {{- box.text -}}
 {%- endmacro -%}
+{%- macro said(content) -%}
+  {%- if content is string -%}
+    {{- plain(content) -}}
+  {%- else -%}
+    {%- for part in content -%}
+      {{- '<image>' if part.type == 'image' else plain(part.text) -}}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
 {%- macro tag(message) -%}
   {%- if message.quality is defined and message.quality is not none -%}
     {{- '<quality_' ~ message.quality ~ '>' -}}
@@ -279,7 +308,7 @@ TULU_TEMPLATE = r"""
       {%- if not loop.last -%}{{- '\n' -}}{%- endif -%}
     {%- endif -%}
   {%- else -%}
-    {{- '<|' ~ message.role ~ '|>\n' ~ plain(message.content) ~ '\n' -}}
+    {{- '<|' ~ message.role ~ '|>\n' ~ said(message.content) ~ '\n' -}}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>\n' -}}{%- endif -%}
@@ -294,7 +323,7 @@ MOSS_TEMPLATE = r"""
 {%- if meta[-1:] != '\n' -%}{{- '\n' -}}{%- endif -%}
 {%- for message in turns -%}
   {%- if message.role == 'user' -%}
-    {{- '<|Human|>: ' ~ plain(message.content) ~ '<eoh>\n' -}}
+    {{- '<|Human|>: ' ~ said(message.content) ~ '<eoh>\n' -}}
     {%- if not loop.last or add_generation_prompt -%}{{- '<|Inner Thoughts|>:' -}}{%- endif -%}
   {%- else -%}
     {%- set results = message.results or 'None' -%}

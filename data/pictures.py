@@ -170,8 +170,8 @@ def middle(image: Image.Image, size: int) -> Image.Image:
 
 @dataclass
 class Row:
-    """One example. In `messages` a content is a list of parts, {"type": "image"} or {"type": "text", "text":
-    ...}: only such a part stands for a picture, so text that says "<image>" stays text."""
+    """One example. In `messages` a content is text, or a list of parts {"type": "image"} and {"type": "text",
+    "text": ...}: only such a part stands for a picture, so text that says "<image>" stays text."""
 
     messages: list[dict[str, Any]]
     pictures: list[Source] = field(default_factory=list)
@@ -215,7 +215,8 @@ def parse_row(record: Any, find: Callable[[str], Source]) -> Row:
         for j, piece in enumerate(pieces):
             parts += [{"type": "image"}] if j else []
             parts += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
-        messages.append({"role": ("user", "assistant")[i % 2], "content": parts})
+        content = parts if len(pieces) > 1 else pieces[0].strip()
+        messages.append({"role": ("user", "assistant")[i % 2], "content": content})
     return Row(messages, [find(name) for name in names])
 
 
@@ -246,6 +247,10 @@ class Rows:
     def fingerprint(self) -> Any:
         """What changes when the data set does."""
         raise NotImplementedError
+
+    def kind(self, i: int) -> str:
+        """What row i asks for, in data sets that tell."""
+        return ""
 
     def row(self, i: int) -> Row:
         """Row i with its pictures still unopened. Raises BadRow."""
@@ -449,13 +454,14 @@ def open_rows(path: str | Path, folder: str | Path = "", seed: int = 0, max_bad:
     raise UserError(f"{path}: expected .json, .jsonl or .tar")
 
 
-def scan(rows: Rows, measure: Callable[[Row], int]) -> tuple[np.ndarray, np.ndarray]:
-    """Length and number of pictures of every row; a broken row is reported and has length 0.
+def scan(rows: Rows, measure: Callable[[Row], int], within: range) -> tuple[np.ndarray, np.ndarray]:
+    """Length and number of pictures of every row; a broken row is reported and has length 0, as have those
+    that are not `within`.
 
     `measure` gives a row's length; it need not be exact, since it only sorts rows into batches.
     """
     lengths, pictures = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-    for i in range(len(rows)):
+    for i in within:
         try:
             row = rows.row(i)
             lengths[i], pictures[i] = max(1, measure(row)), len(row.pictures)

@@ -204,6 +204,9 @@ class SceneRows(Rows):
     def find(self, name: str) -> Source:
         return draw(self.make(int(name))[0], self.size)
 
+    def kind(self, i: int) -> str:
+        return self.kinds[i % len(self.kinds)]
+
     def fingerprint(self) -> list[Any]:
         return [
             self.seed,

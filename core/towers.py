@@ -1,0 +1,127 @@
+"""Small vision encoders trained from scratch on drawn scenes, so that the vision stage runs without a
+download.
+
+The published encoders learnt from hundreds of millions of pictures. These learn to say, patch by patch, what
+the scene language knows: the DINOv2-like one forms (shape, size, letters), the SigLIP-like one colours. So
+each alone leaves questions open that both together can answer. Scenes are crowded here, for more to learn
+from each.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.optimizer import decay_groups
+from core.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, draw, random_scene
+from core.vision_checkpoint import load_vision_encoder, save_vision_encoder
+from model import VISION_PRESETS, VisionConfig, VisionEncoder, VisionTower, normalise
+
+LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# Fields of what a patch shows; class 0 of each is background, or nothing of the kind.
+CLASSES = {"shape": len(SHAPES) + 2, "size": len(SIZES) + 1, "colour": len(COLOURS) + 1}
+CLASSES |= dict.fromkeys(("letter 1", "letter 2", "letter 3"), len(LETTERS) + 1)
+LEARNT = {"dino-tiny": ("shape", "size", "letter 1", "letter 2", "letter 3"), "siglip-tiny": ("colour",)}
+
+
+def patch_classes(scene: Scene, grid: int) -> Tensor:
+    """[grid * grid, fields] int64: what each patch shows, in the order of CLASSES. `grid` is a multiple of
+    3."""
+    cells = torch.zeros(3, 3, len(CLASSES), dtype=torch.long)
+    for item in scene.items:
+        known = [
+            [*SHAPES, "text"].index(item.shape),
+            list(SIZES).index(item.size),
+            list(COLOURS).index(item.colour),
+        ]
+        known += [LETTERS.index(letter) for letter in item.text[:3]]
+        cells[divmod(list(POSITIONS).index(item.position), 3)][: len(known)] = 1 + torch.tensor(known)
+    return cells.repeat_interleave(grid // 3, 0).repeat_interleave(grid // 3, 1).flatten(0, 1)
+
+
+def patch_loss(scores: Tensor, classes: Tensor, fields: tuple[str, ...]) -> Tensor:
+    """Mean cross-entropy over fields; background, which is most of a picture, counts a fifth.
+
+    scores: [B, patches, sum of the fields' classes]; classes: [B, patches, fields of CLASSES].
+    """
+    total = scores.new_zeros(())
+    for field, part in zip(fields, scores.split([CLASSES[field] for field in fields], dim=-1), strict=True):
+        wanted = classes[..., list(CLASSES).index(field)].flatten()
+        weight = torch.where(wanted == 0, 0.2, 1.0)
+        total = (
+            total
+            + (F.cross_entropy(part.flatten(0, 1), wanted, reduction="none") * weight).sum() / weight.sum()
+        )
+    return total / len(fields)
+
+
+def train_towers(
+    folder: Path,
+    size: int,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> VisionTower:
+    """Both encoders, for pictures of `size` pixels; kept in `folder`, and taken from there if they are
+    there."""
+    encoders = []
+    for name, fields in LEARNT.items():
+        place = folder / name
+        if not (place / "config.json").is_file():
+            grid = VISION_PRESETS[name].grid
+            config = replace(VISION_PRESETS[name], image_size=size, patch_size=size // grid)
+            encoder, right = train_encoder(config, fields, steps, batch_size, seed, device)
+            say(
+                f"{name}: after {steps} steps right on " + ", ".join(f"{f} {r:.3f}" for f, r in right.items())
+            )
+            save_vision_encoder(encoder, place)
+        encoders.append(load_vision_encoder(place))
+    return VisionTower(encoders)
+
+
+def train_encoder(
+    config: VisionConfig,
+    fields: tuple[str, ...],
+    steps: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> tuple[VisionEncoder, dict[str, float]]:
+    """(encoder, share of the last 20 batches' foreground patches that it names rightly, by field, before
+    learning from them)."""
+    encoder = VisionEncoder(config, upto=-1, seed=seed).to(device)
+    torch.manual_seed(seed)
+    head = nn.Linear(config.dim, sum(CLASSES[field] for field in fields)).to(device)
+    parameters = [*encoder.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(decay_groups(parameters, 0.05), betas=(0.9, 0.95))
+    counts = np.zeros((2, len(CLASSES)))
+    for step in range(steps):
+        rng = random.Random(f"{seed}/{step}")
+        scenes = [random_scene(rng, rng.randint(1, 9), text_share=0.5) for _ in range(batch_size)]
+        pictures = torch.stack(
+            [torch.from_numpy(np.array(draw(scene, config.image_size))) for scene in scenes]
+        )
+        pixels = normalise(pictures.permute(0, 3, 1, 2).to(device), config)
+        classes = torch.stack([patch_classes(scene, config.grid) for scene in scenes]).to(device)
+        scores = head(encoder(pixels, layer=-1))
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.zero_grad()
+        patch_loss(scores, classes, fields).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step >= steps - 20:
+            for field, part in zip(fields, scores.split([CLASSES[f] for f in fields], dim=-1), strict=True):
+                wanted = classes[..., list(CLASSES).index(field)]
+                right = (part.argmax(-1) == wanted) & (wanted > 0)
+                counts[:, list(CLASSES).index(field)] += right.sum().item(), (wanted > 0).sum().item()
+    shares = dict(zip(CLASSES, counts[0] / np.maximum(counts[1], 1), strict=True))
+    return encoder.cpu(), {field: shares[field] for field in fields}
