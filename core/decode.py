@@ -8,7 +8,6 @@ written for that case: same weights, same results, a third of the operations.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from kernels import attention, make_bounds
 from model import Config, Transformer, rotary_tables, rotate
@@ -81,14 +80,11 @@ class Cache:
 class Decoder:
     """tokens [n], positions [n] -> logits [n, V], reading and extending a cache.
 
-    The model's weights are used where they are. Raises RuntimeError if they are sharded: gather them first
-    (core.parallel.unsharded).
+    The model's weights are used where they are, joined or not.
     """
 
     def __init__(self, model: Transformer, cache: Cache) -> None:
         self.model, self.cache = model, cache
-        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            raise RuntimeError("the model is sharded: generate inside core.parallel.unsharded(model)")
         self.joined = [[joined_matrix(group) for group in groups_of(layer)] for layer in model.layers]
 
     def __call__(self, tokens: Tensor, positions: Tensor, used: int) -> Tensor:

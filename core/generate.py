@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from core.config import UserError
 from core.decode import Cache, Decoder, Prefill
@@ -143,6 +144,8 @@ class Batch:
     ) -> None:
         self.model, self.prompts, self.sampling, self.tokenizer = model, prompts, sampling, tokenizer
         self.max_new_tokens, self.seed, self.features = max_new_tokens, seed, features
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise RuntimeError("the model is sharded: generate inside core.parallel.unsharded(model)")
         self.device = next(model.parameters()).device
         # The GPU is asked for its tokens only now and then; what a slot draws after its end is dropped.
         self.stride = 16 if self.device.type == "cuda" else 1
