@@ -1,10 +1,10 @@
 """Counts what the attention kernels compile to, on a machine without a GPU.
 
-    python benchmarks/kernel_table.py            the table of docs/kernels.md
-    python benchmarks/kernel_table.py --lower    and lower the numbers in tests/kernel_budgets.json that can be
+    python benchmarks/kernel_table.py            print the table of docs/kernels.md
+    python benchmarks/kernel_table.py --lower    also lower numbers in tests/kernel_budgets.json, where it can
 
-Registers, spills, shared memory and the instructions of the hot loop, out of the machine code for each architecture.
-They are not speed; they are what can be known without running, and what a slow kernel usually shows.
+Registers, spills, shared memory and the instructions of the hot loop, out of the machine code for each
+architecture. They are not speed; they are what can be known without running, and where it often shows.
 """
 
 import argparse
@@ -12,14 +12,13 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import compile_only
 import torch
-from test_kernels_compile import budget_key
 
-BUDGETS = ROOT / "tests" / "kernel_budgets.json"
+BUDGETS = Path(__file__).resolve().parent.parent / "tests" / "kernel_budgets.json"
 VARIANTS = [  # architecture, causal order, with bounds
     (90, True, False),
     (90, True, True),
@@ -40,12 +39,10 @@ def main() -> None:
     )
     lower = parser.parse_args().lower
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-    print(
-        "| kernel | variant | registers | shared kB | spills, whole | spills, hot loop | hot loop | of which |"
-    )
+    print("| kernel | variant | registers | shared kB | spills | in hot loop | hot loop | of which |")
     print("|---|---|---|---|---|---|---|---|")
     for architecture, causal, bounded in VARIANTS:
-        variant = budget_key(architecture, 128, torch.bfloat16, causal, bounded)
+        variant = compile_only.variant_name(architecture, 128, torch.bfloat16, causal, bounded)
         kernels = compile_only.attention_kernels(architecture, 128, torch.bfloat16, causal, bounded)
         for name, kernel in kernels.items():
             sass = compile_only.inspect_sass(kernel)

@@ -170,3 +170,9 @@ def attention_kernels(
     bounds = make_bounds(1024, window=100) if bounded else None
     attention(q, k, v, bounds, causal, impl="triton").sum().backward()
     return {name: compiled(entry)[0] for name, entry in entries.items()}
+
+
+def variant_name(architecture: int, head_dim: int, dtype: torch.dtype, causal: bool, bounded: bool) -> str:
+    """What the tables call it: sm_90 D128 bfloat16 causal bounds."""
+    words = f"sm_{architecture} D{head_dim} {str(dtype).removeprefix('torch.')}"
+    return words + " causal" * causal + " bounds" * bounded

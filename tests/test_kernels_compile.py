@@ -37,7 +37,7 @@ def real_driver_afterwards() -> Iterator[None]:
 def check(architecture: int, head_dim: int, dtype: torch.dtype, causal: bool, bounded: bool) -> None:
     """Compiles (Triton itself refuses what does not fit in shared memory), no spill in a hot loop, tensor
     cores."""
-    variant = budget_key(architecture, head_dim, dtype, causal, bounded)
+    variant = compile_only.variant_name(architecture, head_dim, dtype, causal, bounded)
     for name, kernel in compile_only.attention_kernels(
         architecture, head_dim, dtype, causal, bounded
     ).items():
@@ -50,11 +50,6 @@ def check(architecture: int, head_dim: int, dtype: torch.dtype, causal: bool, bo
         assert compile_only.spills(hot) == 0, (variant, name)
         if variant in BUDGETS:
             assert hot.total() <= BUDGETS[variant][name], (variant, name, "see the module's docstring")
-
-
-def budget_key(architecture: int, head_dim: int, dtype: torch.dtype, causal: bool, bounded: bool) -> str:
-    words = f"sm_{architecture} D{head_dim} {str(dtype).removeprefix('torch.')}"
-    return words + " causal" * causal + " bounds" * bounded
 
 
 @pytest.mark.parametrize("bounded", [False, True])

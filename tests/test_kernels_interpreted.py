@@ -31,3 +31,10 @@ def test_kernels_in_the_interpreter(request: pytest.FixtureRequest) -> None:
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+def test_attention_benchmark_runs_at_toy_size() -> None:
+    command = [sys.executable, str(TESTS.parent / "benchmarks" / "attention.py"), "--interpret"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("triton  largest difference") == 4
