@@ -25,8 +25,8 @@ from core.checkpoint import load_pretrained, load_weights, read_config, save_pre
 from core.config import RunConfig, UsageError, UserError, parse, require, run_main
 from core.estimate import print_estimate
 from core.generate import generate
-from core.optimizer import learning_rate, make_adamw, make_muon, set_learning_rate
-from core.parallel import clip_grad_norm, materialize, parallelize, unsharded
+from core.optimizer import make_adamw, make_muon, take_step
+from core.parallel import materialize, parallelize, unsharded
 from core.resume import Checkpointer
 from core.run import Run, Speedometer, SpikeGuard, due
 from data.text import Batch, Corpus, HubUnreachable, PackedBatches, parse_source, prepare, val_batches
@@ -317,37 +317,18 @@ def main() -> None:
             nats, _ = model.loss(micro.tokens, micro.targets, bounds, micro.positions, config.z_loss)
             (nats / counted).backward()
             loss_sum += nats.detach()
-        loss = run.sum(loss_sum)[0] / counted
-        grad_norm = clip_grad_norm(model, config.grad_clip)
-        lr = learning_rate(config, step)
-        set_learning_rate(optimizer, lr)
-        if guard.accepts(loss, grad_norm):
-            optimizer.step()
-        optimizer.zero_grad()
+        values = take_step(model, optimizer, guard, config, step, run.sum(loss_sum)[0] / counted)
 
         step += 1
         speed.add(config.batch_size * config.seq_len)
         stopping, last = run.should_stop(), step == config.steps
-        if step % config.log_every == 0 or last:
-            tokens = step * config.batch_size * config.seq_len
-            values = {
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "tokens": tokens,
-                "skipped": guard.skipped,
-            }
+        if due(config.log_every, step) or last:
+            values["tokens"] = step * config.batch_size * config.seq_len
             run.log(step, config.steps, **values, **speed.read())
         if due(config.eval_every, step) and not (last or stopping):
             run.log(step, config.steps, **report(model, corpus, tokenizer, config, run))
             speed.read()
-        if due(config.save_every, step) or last or stopping:
-            checkpoints.save(step, guard=guard.state_dict(), before=before)
-        if stopping:
-            checkpoints.wait()
-            raise UserError(
-                f"stopped at step {step}, checkpoint saved; go on with --resume --out {run.folder}"
-            )
+        checkpoints.after_step(step, last, stopping, guard=guard.state_dict(), before=before)
 
     after = report(model, corpus, tokenizer, config, run)
     run.log(step, config.steps, **after)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from core.config import RunConfig
+from core.parallel import clip_grad_norm
+from core.run import SpikeGuard
 
 
 def decay_groups(parameters: list[Tensor], weight_decay: float) -> list[dict]:
@@ -125,6 +127,29 @@ def learning_rate(config: RunConfig, step: int) -> float:
         "constant": 1.0,
     }[config.schedule]
     return config.min_lr + (config.lr - config.min_lr) * remaining
+
+
+def take_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    guard: SpikeGuard,
+    config: RunConfig,
+    step: int,
+    loss: float,
+) -> dict[str, float]:
+    """What follows the backward of every stage: clip, schedule, step unless the guard objects, clear
+    gradients.
+
+    `loss` is the same number on all processes. Returns the metrics loss, grad_norm (before clipping), lr,
+    skipped.
+    """
+    grad_norm = clip_grad_norm(model, config.grad_clip)
+    lr = learning_rate(config, step)
+    set_learning_rate(optimizer, lr)
+    if guard.accepts(loss, grad_norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": guard.skipped}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

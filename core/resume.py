@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from core.config import UserError
-from core.run import Run, write_json
+from core.run import Run, due, write_json
 
 
 class Checkpointer:
@@ -45,6 +45,16 @@ class Checkpointer:
         )  # its own, so that saving never mixes with training's collectives
         self.thread: threading.Thread | None = None
         self.error: UserError | None = None
+
+    def after_step(self, step: int, last: bool, stopping: bool, **counters: Any) -> None:
+        """Save where --save_every, the end or a signal asks for it. Raises UserError to end a stopped run."""
+        if due(self.run.config.save_every, step) or last or stopping:
+            self.save(step, **counters)
+        if stopping:
+            self.wait()
+            raise UserError(
+                f"stopped at step {step}, checkpoint saved; go on with --resume --out {self.run.folder}"
+            )
 
     def save(self, step: int, **counters: Any) -> None:
         """Start writing step_{step}; training may go on at once. Raises UserError if the save before this

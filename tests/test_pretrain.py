@@ -122,14 +122,14 @@ def test_signal_saves_and_says_how_to_go_on(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(corpus, tmp_path / "a")
-    original = pretrain.learning_rate
+    original = pretrain.take_step
 
-    def interrupt(config: pretrain.Config, step: int) -> float:
+    def interrupt(model, optimizer, guard, config, step, loss):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(config, step)
+        return original(model, optimizer, guard, config, step, loss)
 
-    monkeypatch.setattr(pretrain, "learning_rate", interrupt)
+    monkeypatch.setattr(pretrain, "take_step", interrupt)
     with pytest.raises(UserError, match="stopped at step 3, checkpoint saved; go on with --resume"):
         run(corpus, tmp_path / "b")
     monkeypatch.undo()
