@@ -360,6 +360,8 @@ def save_pretrained(
     target = Path(folder)
     config, names = config_json(model.config), tensor_names(model.config)
     parameters = dict(model.named_parameters())
+    if not {part for ours in names.values() for part in ours} <= parameters.keys():
+        raise UserError(f"{target}: a quantised model cannot be saved; save it before quantising")
     sizes = {name: sum(parameters[part].nbytes for part in ours) for name, ours in names.items()}
     shards = plan_shards(sizes, shard_bytes)
     main = not dist.is_initialized() or dist.get_rank() == 0

@@ -1,10 +1,13 @@
-"""Weights in 8 or 4 bits, for inference: rounded to integers with a scale to each group of 128 in a row.
+"""Weights in 8 or 4 bits, for inference: integers with a scale and an offset to each group in a row.
 
-    w ~ scale x q,      scale = max|w| / (2^(bits - 1) - 1) over the group
+    w ~ scale x q + offset,      q in 0 .. 2^bits - 1
 
-MOSS was published in such formats (int8 and int4, groups of 128, every matrix but the head; GPTQ chose the
-rounding, here it is to nearest). Memory is a quarter or an eighth of float32. Products are computed in the
-activations' dtype from weights restored a matrix at a time, so on a CPU this saves memory, not time.
+Scale and offset start from the group's extremes; then q is rounded and the line refitted by least squares, in
+turn. MOSS was published as int8 and int4 with GPTQ (every matrix but the head, groups of 128), which needs
+text to calibrate on; this needs none. Its price in perplexity, and why 4-bit groups are shorter:
+docs/generation.md.
+
+Products are computed from weights restored a matrix at a time: this saves memory, not time.
 """
 
 import torch
@@ -14,58 +17,71 @@ from torch import Tensor, nn
 from core.config import UserError
 from model import Transformer
 
-GROUP = 128
+GROUPS = {8: 128, 4: 32}  # bits -> weights that share a scale and an offset
+REFITS = 5
 
 
 class QuantizedLinear(nn.Module):
-    """nn.Linear whose weight [out, in] is held as integers: int8 as they are, int4 two in a byte."""
+    """nn.Linear whose weight [out, in] is held as integers: of 8 bits, or of 4, two in a byte."""
 
     def __init__(self, linear: nn.Linear, bits: int) -> None:
         super().__init__()
-        self.bits, (self.rows, self.columns) = bits, linear.weight.shape
-        quantized, scale = quantize_groups(linear.weight.detach().float(), bits)
-        self.register_buffer("quantized", quantized if bits == 8 else pack(quantized))
+        self.bits, self.columns, self.bias = bits, linear.weight.shape[1], linear.bias
+        integers, scale, offset = quantize_groups(linear.weight.detach().float(), bits)
+        self.register_buffer("integers", integers if bits == 8 else pack(integers))
         self.register_buffer("scale", scale.to(linear.weight.dtype))
-        self.bias = linear.bias
+        self.register_buffer("offset", offset.to(linear.weight.dtype))
 
     @property
     def restored(self) -> Tensor:
-        """The weight, rounded, [out, in]."""
-        whole = self.quantized if self.bits == 8 else unpack(self.quantized)
-        return (whole.to(self.scale.dtype) * self.scale).flatten(1)[:, : self.columns]
+        """The weight after rounding, [out, in]."""
+        integers = self.integers if self.bits == 8 else unpack(self.integers)
+        return (integers * self.scale + self.offset).flatten(1)[:, : self.columns]
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.restored, self.bias)
 
 
-def quantize_groups(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """weight [out, in] -> integers [out, groups, 128] int8 and scales [out, groups, 1]; a short last group is
-    padded."""
-    padded = F.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    largest = 2 ** (bits - 1) - 1
-    scale = padded.abs().amax(-1, keepdim=True) / largest
-    quantized = (padded / scale.clamp_min(torch.finfo(torch.float32).tiny)).round()
-    return quantized.to(torch.int8), scale
+def quantize_groups(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """weight [out, in] float32 -> integers [out, groups, size] uint8, scales and offsets [out, groups, 1].
+
+    A short last group is filled up with its row's last weight.
+    """
+    size, top = GROUPS[bits], 2**bits - 1
+    padded = F.pad(weight, (0, -weight.shape[1] % size), mode="replicate").unflatten(1, (-1, size))
+    tiny = torch.finfo(torch.float32).tiny
+    offset = padded.amin(-1, keepdim=True)
+    scale = ((padded.amax(-1, keepdim=True) - offset) / top).clamp_min(tiny)
+    centred = padded - padded.mean(-1, keepdim=True)
+    for _ in range(REFITS):
+        integers = ((padded - offset) / scale).round().clamp(0, top)
+        spread = integers - integers.mean(-1, keepdim=True)
+        slope = (spread * centred).sum(-1, keepdim=True) / spread.square().sum(-1, keepdim=True).clamp_min(
+            tiny
+        )
+        scale = slope.clamp_min(tiny)
+        offset = padded.mean(-1, keepdim=True) - scale * integers.mean(-1, keepdim=True)
+    return ((padded - offset) / scale).round().clamp(0, top).to(torch.uint8), scale, offset
 
 
-def pack(quantized: Tensor) -> Tensor:
-    """int8 values in -8..7, [.., 128] -> uint8 [.., 64]: the first half of a group in the low four bits."""
-    low, high = (quantized + 8).to(torch.uint8).chunk(2, dim=-1)
+def pack(integers: Tensor) -> Tensor:
+    """uint8 values in 0..15, [.., 2 n] -> [.., n]: the first half of a group in the low four bits."""
+    low, high = integers.chunk(2, dim=-1)
     return low | high << 4
 
 
 def unpack(packed: Tensor) -> Tensor:
     """The inverse of `pack`."""
-    return torch.cat((packed & 15, packed >> 4), dim=-1).to(torch.int8) - 8
+    return torch.cat((packed & 15, packed >> 4), dim=-1)
 
 
 @torch.no_grad()
 def quantize(model: Transformer, bits: int) -> Transformer:
     """Replace every matrix of the layers by its rounded form, in place; embedding, head and norms stay.
 
-    The model can then generate but neither be trained nor saved.
+    The model can then generate, but neither be trained nor saved.
     """
-    if bits not in (4, 8):
+    if bits not in GROUPS:
         raise UserError(f"weights can be held in 4 or 8 bits, not {bits}")
     for layer in model.layers:
         for parent in (layer.attention, layer.mlp):
