@@ -195,7 +195,10 @@ def load_data(config: Config, run: Run) -> Data:
         rendered.append((items, weight))
         counts.update(done)
     run.say("conversations: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
-    require(any(items for items, _ in rendered), "nothing to learn: no token of the data is trained")
+    require(
+        any(items for items, _ in rendered),
+        f"nothing to learn: no trained token within --seq_len {config.seq_len} in any conversation",
+    )
     tags = [number for name, number in tokenizer.special_tokens.items() if name.startswith("<quality_")]
     packer = Packer(rendered, config.batch_size, config.seed, tuple(tags), config.tag_dropout)
     questions = {}

@@ -279,7 +279,7 @@ STORIES = {  # sign, question, reply
 
 def calculation(draw: Draw) -> ToolTalk:
     """Larger numbers than `arithmetic` asks about: without the calculator they are out of reach."""
-    sign, a, b = draw.values(lambda rng: (rng.choice("+-*"), rng.randint(11, 999), rng.randint(11, 999)))
+    sign, a, b = draw.values(lambda rng: (rng.choice("+-*"), rng.randint(11, 99), rng.randint(11, 99)))
     a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
     answer = str(result_of(a, sign, b))
     question, reply = draw.words(ARITHMETIC), f"{a} {SIGNS[sign]} {b} = {answer}"
