@@ -386,13 +386,13 @@ NARROW_HOPPER = Config(Tiles(128, 128, 8, 3, True), Tiles(64, 128, 8, 2, True), 
 EXACT = Config(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1))  # float32: no tensor cores
 PLAIN = Config(Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1))
 CONFIGS: dict[tuple[str, int, int], Config] = {
-    ("sm_80", 64, 2): Config(Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2)),
+    ("sm_80", 64, 2): Config(Tiles(128, 64, 8, 3), Tiles(32, 128, 8, 2), Tiles(128, 64, 8, 2)),
     ("sm_80", 128, 2): Config(Tiles(128, 32, 8, 3), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 2)),
     ("sm_90", 64, 2): NARROW_HOPPER,
     ("sm_90", 128, 2): WIDE_HOPPER,
     ("sm_100", 64, 2): NARROW_HOPPER,
     ("sm_100", 128, 2): WIDE_HOPPER,
-    ("sm_120", 64, 2): Config(Tiles(128, 64, 8, 3, True), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2, True)),
+    ("sm_120", 64, 2): Config(Tiles(128, 64, 8, 3, True), Tiles(32, 128, 8, 2), Tiles(128, 64, 8, 2, True)),
     ("sm_120", 128, 2): Config(Tiles(128, 32, 8, 3, True), *2 * [Tiles(64, 64, 8, 2, True)]),
     **{(name, width, 2): PLAIN for name in ("amd", "interpreter") for width in (64, 128)},
     **{
