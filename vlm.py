@@ -23,6 +23,7 @@ import torch
 
 from core.checkpoint import load_weights, read_config, resolve_folder, save_pretrained
 from core.config import RunConfig, UserError, parse, require, run_main
+from core.estimate import print_estimate
 from core.optimizer import learning_rate, make_adamw, make_muon, set_learning_rate
 from core.parallel import clip_grad_norm, materialize, parallelize
 from core.resume import Checkpointer
@@ -36,6 +37,7 @@ from data.pictures import JoinedRows, Resize, Rows, check_data, open_rows
 from data.scene_rows import KINDS, SceneRows
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from model import PATCH, VLM, Transformer, VisionTower, flops_per_token, num_parameters
+from model import PRESETS as SHAPES
 from model import Config as Shape
 
 
@@ -181,11 +183,10 @@ def load_words(config: Config, rows: Rows) -> Tokenizer:
     return train_tokenizer([f"<|user|>\n{text}\n<|assistant|>\n{text}" for text in texts], config.vocab_size)
 
 
-def learn_words(config: Config, run: Run, vocab_size: int, batches: PictureBatches) -> Transformer:
-    """A language model of the same conversations without their pictures: what seeing starts from, and the
-    blind control. Every process makes the same one."""
+def made_shape(config: Config, vocab_size: int) -> Shape:
+    """Of the language model that is made where there is none to start from."""
     heads = config.dim // 32
-    shape = Shape(
+    return Shape(
         vocab_size=vocab_size,
         layers=config.layers,
         dim=config.dim,
@@ -196,7 +197,21 @@ def learn_words(config: Config, run: Run, vocab_size: int, batches: PictureBatch
         max_seq_len=max(1024, config.seq_len),
         tied=True,
     )
-    model = Transformer(shape, config.seed).to(run.device)
+
+
+def planned_shape(config: Config) -> Shape:
+    """The language model's shape as far as it is known without fetching it."""
+    if not config.init_from:
+        return made_shape(config, config.vocab_size)
+    if Path(config.init_from).is_dir():
+        return read_config(config.init_from)
+    return SHAPES["moxin-7b" if config.preset.startswith("moxin-7b") else "small"]
+
+
+def learn_words(config: Config, run: Run, vocab_size: int, batches: PictureBatches) -> Transformer:
+    """A language model of the same conversations without their pictures: what seeing starts from, and the
+    blind control. Every process makes the same one."""
+    model = Transformer(made_shape(config, vocab_size), config.seed).to(run.device)
     optimizer = make_optimizer(model, config)
     for step in range(config.blind_steps):
         batch, _ = collate([blind(batches.words(int(i))) for i in batches.order(step)], run.device)
@@ -297,9 +312,12 @@ def main() -> None:
     config = parse(Config, PRESETS, about=__doc__)
     if config.check_data:
         return report_data(config)
+    if config.dry_run:
+        return print_estimate(config, planned_shape(config))
+    (rows, training), held_out_rows = load_rows(config)
+
     run = Run(config, "vlm")
     share = run.rows(config.batch_size)
-    (rows, training), held_out_rows = load_rows(config)
     tokenizer = load_words(config, rows)
     sources = [path if Path(path).exists() else resolve_folder(path) for path in config.vision]
     if sources:

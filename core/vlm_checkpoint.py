@@ -58,14 +58,14 @@ def load_projector(model: VLM, folder: str | Path) -> None:
     fill_all(model.projector, tensors, "", folder)
 
 
+@torch.no_grad()
 def fill_all(module: nn.Module, tensors: Tensors, prefix: str, source: str | Path) -> None:
     """Copy tensors of equal names into all parameters of a module. UserError names one that is missing or
     unlike."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if prefix + name not in tensors or tensors[prefix + name].shape != parameter.shape:
-                raise UserError(f"{source}: no tensor {prefix + name!r} of shape {list(parameter.shape)}")
-            fill(parameter, tensors[prefix + name])
+    for name, parameter in module.named_parameters():
+        if prefix + name not in tensors or tensors[prefix + name].shape != parameter.shape:
+            raise UserError(f"{source}: no tensor {prefix + name!r} of shape {list(parameter.shape)}")
+        fill(parameter, tensors[prefix + name])
 
 
 def load_vlm(folder: str | Path) -> tuple[VLM, VisionTower, dict[str, str]]:
@@ -84,6 +84,7 @@ def load_vlm(folder: str | Path) -> tuple[VLM, VisionTower, dict[str, str]]:
     return model, tower, read_json(folder / "vision" / "config.json")
 
 
+@torch.no_grad()
 def load_published_vlm(
     source: str | Path, shape: Config, tower: VisionTower | None = None
 ) -> tuple[VLM, VisionTower]:
