@@ -85,7 +85,7 @@ PRESETS = {
     "moxin-7b": dict(
         model="moxin-7b", steps=478_400, seq_len=2048, batch_size=2048, micro_batch_size=4,
         phases=("368000@2048", "92000@4096", "18400@4096"),
-        data=("hub/cerebras/SlimPajama-627B:5", "hub/mlfoundations/dclm-baseline-1.0:4",
+        data=("hub/cerebras/SlimPajama-627B/train:5", "hub/mlfoundations/dclm-baseline-1.0:4",
               "hub/bigcode/the-stack-dedup:1"),
         lr=2e-6, min_lr=2e-7, warmup_steps=2000, checkpointing="selective", compile=True,
         eval_every=1000, save_every=1000, val_tokens=1_048_576,
@@ -151,7 +151,6 @@ def load_corpus(config: Config, run: Run, phases: list[Phase]) -> tuple[Corpus, 
             f"{'!' * 78}\n{error}\nTraining on the embedded corpus instead: {' '.join(EMBEDDED)}\n{'!' * 78}"
         )
         phases[:] = [replace(phase, data=EMBEDDED) for phase in phases]
-        options["max_tokens"] = config.max_tokens
         return prepare(EMBEDDED, tokenizer, vocab_size=vocab_size, run=run, **options)
 
 
@@ -278,12 +277,13 @@ def main() -> None:
     run = Run(config, "pretrain")
     run.rows(config.batch_size)
     corpus, tokenizer = load_corpus(config, run, phases)
+    run.say(corpus.table())
     model = build_model(config, run, corpus, tokenizer)
     make_optimizer = make_muon if config.optimizer == "muon" else make_adamw
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     guard = SpikeGuard()
     batches = [
-        PackedBatches(corpus.train, weights_of(phase.data), phase.seq_len, phase.rows, config.seed + i)
+        PackedBatches(corpus.train, corpus.mixture(phase.data), phase.seq_len, phase.rows, config.seed + i)
         for i, phase in enumerate(phases)
     ]
     identity = {
@@ -343,10 +343,6 @@ def main() -> None:
     run.say(f"done: {run.folder}/curves.png, {run.folder}/summary.json, model in {run.folder}/model")
     run.say(f"next: python chat.py --model {run.folder}/model --raw --prompt {config.prompts[0]!r}")
     run.say(f"      python sft.py --init_from {run.folder}/model")
-
-
-def weights_of(data: tuple[str, ...]) -> dict[str, float]:
-    return {source.name: source.weight for source in map(parse_source, data)}
 
 
 if __name__ == "__main__":

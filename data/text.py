@@ -204,13 +204,16 @@ def sample_texts(sources: Sequence[Source], choice: Options) -> Iterator[str]:
     """Training text of each source, by weight, TOKENIZER_BYTES in all: what a tokenizer learns from."""
     rules, total = Filters(languages=choice.languages), sum(source.weight for source in sources)
     for source in sources:
-        room = TOKENIZER_BYTES * source.weight / total
+        room = given = TOKENIZER_BYTES * source.weight / total
         for text, held_out in kept_documents(source, rules, choice):
             if not held_out:
                 room -= byte_length(text)
                 yield text
             if room <= 0:
                 break
+        if room == given:
+            dropped = f"the filters dropped it all: {dict(rules.counts)}" if rules.counts else "it is empty"
+            raise UserError(f"--data {source.word}: no text to train a tokenizer on ({dropped})")
 
 
 def evaluation_texts(files: Iterable[str]) -> Iterator[str]:

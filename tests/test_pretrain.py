@@ -224,7 +224,7 @@ def test_bad_data_is_named(corpus: Path, tmp_path: Path) -> None:
         run(corpus, tmp_path / "a", "--data", str(bad))
     empty = tmp_path / "empty.txt"
     empty.write_text("")
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UserError, match=r"empty.txt: no text to train a tokenizer on \(it is empty\)"):
         run(corpus, tmp_path / "b", "--data", str(empty))
 
 
