@@ -24,7 +24,7 @@ import torch
 from core.checkpoint import load_weights, read_config, resolve_folder, save_pretrained
 from core.config import RunConfig, UserError, parse, require, run_main
 from core.estimate import print_estimate
-from core.optimizer import learning_rate, make_adamw, make_muon, set_learning_rate
+from core.optimizer import make_adamw, make_muon, set_learning_rate, take_step
 from core.parallel import clip_grad_norm, materialize, parallelize
 from core.resume import Checkpointer
 from core.run import Run, Speedometer, SpikeGuard, due
@@ -384,29 +384,16 @@ def main() -> None:
             (nats / max(counted, 1)).backward()
             loss_sum += nats.detach()
             speed.add(batch.tokens.numel() * run.world_size)
-        loss = run.sum(loss_sum)[0] / max(counted, 1)
-        grad_norm = clip_grad_norm(model, config.grad_clip)
-        lr = learning_rate(config, step)
-        set_learning_rate(optimizer, lr)
-        if guard.accepts(loss, grad_norm):
-            optimizer.step()
-        optimizer.zero_grad()
+        values = take_step(model, optimizer, guard, config, step, run.sum(loss_sum)[0] / max(counted, 1))
 
         step += 1
         stopping, last = run.should_stop(), step == config.steps
-        if step % config.log_every == 0 or last:
-            values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "skipped": guard.skipped}
+        if due(config.log_every, step) or last:
             run.log(step, config.steps, **values, broken_rows=len(rows.bad), **speed.read())
         if due(config.eval_every, step) and not (last or stopping):
             run.log(step, config.steps, **totals(report(model, held_out, config, run)))
             speed.read()
-        if due(config.save_every, step) or last or stopping:
-            checkpoints.save(step, guard=guard.state_dict(), before=before)
-        if stopping:
-            checkpoints.wait()
-            raise UserError(
-                f"stopped at step {step}, checkpoint saved; go on with --resume --out {run.folder}"
-            )
+        checkpoints.after_step(step, last, stopping, guard=guard.state_dict(), before=before)
 
     after = report(model, held_out, config, run)
     run.log(step, config.steps, **totals(after))
