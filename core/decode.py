@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import attention, make_bounds
+from kernels import attention, decode_attention, make_bounds
+from kernels.attention import choose
 from model import Config, Transformer, rotary_tables, rotate
 
 
@@ -59,6 +60,7 @@ class Cache:
     def begin_step(self, positions: Tensor, used: int) -> None:
         """Before a step of the first n slots: their positions [n], and the most places that one fills."""
         n, self.used = len(positions), used
+        self.lengths = (positions + 1).clamp(max=self.capacity).int()  # places filled, the new one included
         self.places = (self.starts[:n] + (positions % self.capacity)[:, None]).flatten()  # [n 2 KV]
         self.mask = None  # a slot alone fills all that is used
         if n > 1:
@@ -71,9 +73,12 @@ class Cache:
         n, heads, width = q.shape
         own = self.layers[layer]
         own.view(-1, width).index_copy_(0, self.places, kv.view(-1, width))
-        # The query heads of a group stand as queries of their shared key head.
-        grouped = q.reshape(n, self.kv_heads, heads // self.kv_heads, width)
         keys, values = own[:n, : self.kv_heads, : self.used], own[:n, self.kv_heads :, : self.used]
+        if choose(q) == "triton":
+            return decode_attention(q, keys, values, self.lengths).flatten(1)
+        # The query heads of a group stand as queries of their shared key head. (decode_attention would do the
+        # same, with a mask made once a layer instead of once a step.)
+        grouped = q.reshape(n, self.kv_heads, heads // self.kv_heads, width)
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask).view(n, -1)
 
 
@@ -85,7 +90,29 @@ class Decoder:
 
     def __init__(self, model: Transformer, cache: Cache) -> None:
         self.model, self.cache = model, cache
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.joined = [[joined_matrix(group) for group in groups_of(layer)] for layer in model.layers]
+
+    def replay(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The same as a CUDA graph, recorded at the first step of n slots: one launch instead of hundreds.
+
+        tokens and positions must be the same memory at every call, and so are the logits. Recording runs the
+        step, which writes to the cache only what the step itself will write again.
+        """
+        n = len(tokens)
+        if n not in self.graphs:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # what compiles or allocates must have done so before recording
+                self(tokens, positions, self.cache.capacity)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self(tokens, positions, self.cache.capacity)
+            self.graphs[n] = (graph, logits)
+        graph, logits = self.graphs[n]
+        graph.replay()
+        return logits
 
     def __call__(self, tokens: Tensor, positions: Tensor, used: int) -> Tensor:
         model, config, n = self.model, self.model.config, len(tokens)

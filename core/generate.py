@@ -141,6 +141,7 @@ class Batch:
         max_batch: int,
         tokenizer: Any,
         features: Sequence[Tensor | None] | None,
+        cuda_graph: bool = False,
     ) -> None:
         self.model, self.prompts, self.sampling, self.tokenizer = model, prompts, sampling, tokenizer
         self.max_new_tokens, self.seed, self.features = max_new_tokens, seed, features
@@ -149,6 +150,7 @@ class Batch:
         self.device = next(model.parameters()).device
         # The GPU is asked for its tokens only now and then; what a slot draws after its end is dropped.
         self.stride = 16 if self.device.type == "cuda" else 1
+        self.cuda_graph = cuda_graph and self.device.type == "cuda"
         config = model.config
         for number, prompt in enumerate(prompts):
             if not prompt:
@@ -246,6 +248,9 @@ class Batch:
 
     def step(self, n: int, used: int) -> tuple[Tensor, Tensor]:
         """Advance the first n slots by one token. Returns tokens [n] and log-probabilities [n]."""
+        if self.cuda_graph:
+            n = min(1 << (n - 1).bit_length(), len(self.slots))  # few sizes, few recordings; rows past n idle
+            return self.draw(self.decoder.replay(self.tokens[:n], self.positions[:n]), slice(0, n))
         return self.draw(self.decoder(self.tokens[:n], self.positions[:n], used), slice(0, n))
 
     def draw(self, logits: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
@@ -253,7 +258,8 @@ class Batch:
         seen = None if self.seen is None else self.seen[rows]
         logprobs = distribution(logits[:, : self.vocab_size], self.sampling, seen)
         if self.sampling.temperature > 0:
-            tokens = draw(logprobs, self.uniforms[rows].gather(1, self.steps[rows, None]).squeeze(1))
+            step = self.steps[rows, None].clamp(max=self.uniforms.shape[1] - 1)  # an idle row's goes on
+            tokens = draw(logprobs, self.uniforms[rows].gather(1, step).squeeze(1))
         else:
             tokens = logprobs.argmax(-1)
         self.tokens[rows] = tokens
@@ -313,12 +319,14 @@ def generate(
     stop_strings: Sequence[str] = (),
     tokenizer: Any = None,
     features: Sequence[Tensor | None] | None = None,
+    cuda_graph: bool = False,
 ) -> list[list[Completion]]:
     """Sample `num_samples` completions of each prompt (a list of token ids); result[prompt][sample].
 
     At most `max_batch` are worked on at a time. `tokenizer` is needed for stop strings; with it, ids that it
     does not have (padding rows of the vocabulary) are never drawn. A VLM's prompts may hold PATCH; `features`
-    then gives each prompt's pictures as the tower saw them, [pictures, patches, dim], or None. Raises
+    then gives each prompt's pictures as the tower saw them, [pictures, patches, dim], or None. `cuda_graph`
+    replays each step as one launch, worth its recording in long runs; it does nothing on a CPU. Raises
     UserError for prompts that do not fit.
     """
     sampling = Sampling(
@@ -329,7 +337,18 @@ def generate(
         return done
     if stop_strings and tokenizer is None:
         raise UserError("stop_strings need the tokenizer")
-    batch = Batch(model, prompts, sampling, max_new_tokens, num_samples, seed, max_batch, tokenizer, features)
+    batch = Batch(
+        model,
+        prompts,
+        sampling,
+        max_new_tokens,
+        num_samples,
+        seed,
+        max_batch,
+        tokenizer,
+        features,
+        cuda_graph,
+    )
     for slot in batch.run():
         done[slot.prompt][slot.sample] = slot.completion
     return done

@@ -1,7 +1,11 @@
 """Generation: exact against forwards without a cache, and the distribution it samples from."""
 
+import json
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,11 @@ from torch.distributed.fsdp import fully_shard
 import core.generate
 from core.checkpoint import load_pretrained
 from core.config import UserError
-from core.decode import join_weights
+from core.decode import Decoder, join_weights
 from core.generate import Batch, Completion, Sampling, distribution, generate, stream, uniforms
 from core.parallel import unsharded
 from model import Config, Transformer
-from tests.conftest import run_processes
+from tests.conftest import ROOT, run_processes
 
 VOCAB = 61
 SHAPE: dict[str, Any] = {
@@ -193,6 +197,47 @@ def test_uniforms_are_splitmix64() -> None:
     many = torch.cat([uniforms(0, p, s, 64) for p in range(10) for s in range(10)])
     assert 0 < many.min() and many.max() < 1 and len(many.unique()) == len(many)
     assert abs(many.mean() - 0.5) < 5 * math.sqrt(1 / 12 / len(many))
+
+
+@pytest.mark.parametrize("fixed_rows", [False, True])
+def test_steps_ahead_of_the_bookkeeping(fixed_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: four steps between looks at what was drawn; and a power of two of rows, as recorded in a
+    graph."""
+    model, prompts = Transformer(MODELS["window"], seed=1), prompts_of(20, 20)
+    expected = generate(model, prompts, 15, num_samples=2, stop_ids=(3, 4))
+    replayed = []
+
+    def replay(decoder: Decoder, tokens: Tensor, positions: Tensor) -> Tensor:
+        replayed.append(len(tokens))
+        return decoder(tokens, positions, decoder.cache.capacity)
+
+    monkeypatch.setattr(Decoder, "replay", replay)
+    batch = Batch(model, prompts, Sampling(stop_ids=(3, 4)), 15, 2, 0, 6, None, None)
+    batch.stride, batch.cuda_graph = 4, fixed_rows
+    found = {(slot.prompt, slot.sample): slot.completion.tokens for slot in batch.run()}
+    assert found == {(p, s): expected[p][s].tokens for p in range(20) for s in range(2)}
+    assert bool(replayed) == fixed_rows and set(replayed) <= {1, 2, 4, 6}
+
+
+INTERPRETED = """
+import json
+from core.generate import generate
+from tests.test_generate import MODELS
+from model import Transformer
+done = generate(Transformer(MODELS["llama"], seed=1), [[1, 2, 3], [4]], 4, temperature=0)
+print(json.dumps([samples[0].tokens for samples in done]))
+"""
+
+
+def test_the_decode_kernel_gives_the_same_tokens() -> None:
+    """The Triton kernels that a GPU would run, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", INTERPRETED]
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    expected = generate(Transformer(MODELS["llama"], seed=1), [[1, 2, 3], [4]], 4, temperature=0)
+    assert found == [samples[0].tokens for samples in expected]
 
 
 class ByteTokenizer:
