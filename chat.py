@@ -4,17 +4,22 @@
     python chat.py --model FOLDER_OR_HUB_ID --prompt "What is a prime?"     one answer
     python chat.py --model FOLDER_OR_HUB_ID --raw --prompt "Once upon a"    text continued, no chat format
 
-In a conversation: /reset forgets it, /system TEXT starts another under this system message, /save FILE writes
-it down, /quit leaves. Ctrl-C stops an answer.
+    python chat.py --model FOLDER --tools calculator,search                 with tools, for the moss format
+
+A model of the moss format (sft.py) shows its thoughts in grey, its commands in yellow and what the tools gave
+in magenta before it answers; pictures that it had drawn are saved. In a conversation: /reset forgets it,
+/system TEXT starts another under this system message, /save FILE writes it down, /quit leaves. Ctrl-C stops
+an answer.
 
 What the model wrote is never tokenised again: its next prompt is the tokens it drew, followed by those of the
 new message (MOSS's released demos decode and encode their history, which changes it).
 """
 
 import json
+import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,13 +27,15 @@ import jinja2
 import jinja2.sandbox
 import torch
 
+from core import tools
 from core.checkpoint import load_pretrained, read_json, resolve_folder
 from core.config import UsageError, UserError, parse, require, run_main
 from core.decode import join_weights
 from core.generate import Completion, Sampling, stream
 from core.quantize import quantize
-from data.chat import end_token, plain, render
+from data.chat import Rendered, after_commands, end_token, plain, render
 from data.readers import Message
+from data.replies import end_ids, read_commands, tools_on
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer
 
@@ -40,6 +47,9 @@ class Config:
     prompt: str = ""  # answer this and exit; empty = a conversation
     raw: bool = False  # continue the prompt's text instead of answering it
     system: str = ""  # system message
+    tools: tuple[str, ...] = ()  # calculator solver search picture, or all: switched on in the moss format
+    documents: str = ""  # file or folder that the search tool looks in; empty = its own small collection
+    pictures: str = "pictures"  # folder for the pictures that the model has drawn
     max_new_tokens: int = 512  # longest answer
     temperature: float = 0.7  # 0 = always the most probable token
     top_p: float = 0.9  # sample from the most probable tokens that hold this much; 1 = all
@@ -81,6 +91,83 @@ class Conversation:
         self.ids += completion.tokens
         if self.ids[-1] != self.tokenizer.eos_id:
             self.ids.append(self.tokenizer.eos_id)
+
+
+class MossConversation(Conversation):
+    """A conversation in the moss format, opened by a meta-instruction that says which tools are on."""
+
+    def __init__(self, tokenizer: Tokenizer, system: str, config: Config) -> None:
+        enabled = tools.tool_names(config.tools)
+        super().__init__(tokenizer, system or tools.meta_instruction(enabled))
+        self.config = config
+        self.index = tools.load_index(config.documents) if "Search" in enabled else None
+
+    def new_ids(self) -> list[int]:
+        """The last message's tokens, up to where the model thinks or, with no tool on, answers."""
+        self.turn = {"role": "assistant"}
+        thinks = bool(tools_on(self.messages))
+        whole = self.last_turn(thinks)
+        pairs = zip(whole.ids, whole.turns, strict=True)
+        return [token for token, turn in pairs if turn == 0 or not self.ids]
+
+    def last_turn(self, thinks: bool) -> Rendered:
+        """The meta-instruction and the last message, ready for the model's thoughts or for its answer."""
+        talk = [self.messages[0], self.messages[-1]]
+        if thinks:
+            return render(talk, self.tokenizer, "moss", add_generation_prompt=True)
+        return render([*talk, self.turn], self.tokenizer, "moss")
+
+    def use_tools(self, model: Transformer, sampling: Sampling) -> None:
+        """With tools on: have the model think and give commands, run them, show and append all of it."""
+        enabled = tools_on(self.messages)
+        if not enabled:
+            return
+        stop = replace(sampling, stop_ids=end_ids(self.tokenizer, "<eoc>", "<eom>"))
+        config = self.config
+        *_, (_, made) = stream(model, self.ids, self.tokenizer, stop, config.max_new_tokens, config.seed)
+        written = read_commands(made.tokens, self.tokenizer)
+        if written is None:  # not thoughts and commands: go on as if it had written None twice
+            self.ids += self.last_turn(False).ids[len(self.last_turn(True).ids) :]
+            return
+        self.turn["thoughts"], self.turn["commands"] = written
+        outcome = tools.run_commands(written[1], enabled, index=self.index)
+        self.turn["results"] = outcome.text
+        self.ids += made.tokens + after_commands(self.turn, self.messages[0]["content"], self.tokenizer)
+        for colour, text in (("90", written[0]), ("33", written[1]), ("35", outcome.text)):
+            if text != "None":
+                print(f"\033[{colour}m{text}\033[0m" if "NO_COLOR" not in os.environ else text, flush=True)
+        for picture in outcome.pictures:
+            folder = Path(config.pictures)
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{len(list(folder.glob('*.png'))) + 1:03d}.png"
+            picture.save(path)
+            print(f"[picture saved: {path}]", flush=True)
+
+    def add_answer(self, text: str, completion: Completion) -> None:
+        """Append the answer and the newline that the format puts after it."""
+        self.messages.append({**self.turn, "content": text.strip()})
+        self.ids += completion.tokens
+        (end,) = end_ids(self.tokenizer, "<eom>")
+        self.ids += ([] if completion.tokens[-1:] == [end] else [end]) + self.tokenizer.encode("\n")
+
+
+def open_conversation(tokenizer: Tokenizer, system: str, config: Config) -> Conversation:
+    """In the format that the model's template names."""
+    if tokenizer.chat_template and "<|MOSS|>" in tokenizer.chat_template:
+        return MossConversation(tokenizer, system, config)
+    require(not config.tools, "--tools: this model was not trained in the moss format, the one with tools")
+    return Conversation(tokenizer, system)
+
+
+def reply(
+    conversation: Conversation, text: str, model: Transformer, sampling: Sampling, config: Config
+) -> None:
+    """One turn: the user's message, what tools give, the answer."""
+    conversation.add_user(text)
+    if isinstance(conversation, MossConversation):
+        conversation.use_tools(model, sampling)
+    written = answer(model, conversation.ids, conversation.tokenizer, sampling, config)
+    conversation.add_answer(*written)
 
 
 def foreign_ids(messages: list[Message], tokenizer: Tokenizer, continued: bool) -> list[int]:
@@ -151,6 +238,8 @@ def load(config: Config) -> tuple[Transformer, Tokenizer, Sampling]:
     )
     ends = settings.get("eos_token_id") or []
     stop_ids = {tokenizer.eos_id, *(ends if isinstance(ends, list) else [ends])}
+    if "<eom>" in tokenizer.special_tokens:  # ends an answer in the moss format, and appears in no other
+        stop_ids.add(tokenizer.special_tokens["<eom>"])
     sampling = Sampling(
         config.temperature,
         config.top_p,
@@ -183,7 +272,7 @@ def answer(
 def converse(model: Transformer, tokenizer: Tokenizer, sampling: Sampling, config: Config) -> None:
     """The conversation in the terminal."""
     print("/reset  /system TEXT  /save FILE  /quit; Ctrl-C stops an answer", file=sys.stderr)
-    conversation = Conversation(tokenizer, config.system)
+    conversation = open_conversation(tokenizer, config.system, config)
     while True:
         try:
             words = input("> " if sys.stdin.isatty() else "").strip()
@@ -196,20 +285,19 @@ def converse(model: Transformer, tokenizer: Tokenizer, sampling: Sampling, confi
         if command == "/quit":
             return
         if command == "/reset":
-            conversation = Conversation(tokenizer, config.system)
+            conversation = open_conversation(tokenizer, config.system, config)
         elif command == "/system":
             config.system = argument
-            conversation = Conversation(tokenizer, argument)
+            conversation = open_conversation(tokenizer, argument, config)
         elif command == "/save":
             save(conversation.messages, argument)
         elif command.startswith("/"):
             print(f"{command}: unknown; /reset, /system TEXT, /save FILE or /quit", file=sys.stderr)
         elif words:
             try:
-                conversation.add_user(words)
-                conversation.add_answer(*answer(model, conversation.ids, tokenizer, sampling, config))
+                reply(conversation, words, model, sampling, config)
             except UserError as error:
-                conversation = Conversation(tokenizer, config.system)
+                conversation = open_conversation(tokenizer, config.system, config)
                 print(f"{error} (the conversation starts anew)", file=sys.stderr)
 
 
@@ -232,9 +320,7 @@ def main() -> None:
         ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(config.prompt)
         answer(model, ids, tokenizer, sampling, config)
     elif config.prompt:
-        conversation = Conversation(tokenizer, config.system)
-        conversation.add_user(config.prompt)
-        answer(model, conversation.ids, tokenizer, sampling, config)
+        reply(open_conversation(tokenizer, config.system, config), config.prompt, model, sampling, config)
     else:
         converse(model, tokenizer, sampling, config)
 
