@@ -2,8 +2,11 @@
 
 import importlib
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -122,6 +125,18 @@ def test_the_choice_depends_on_the_shape_alone() -> None:
     kernels_run_here = INTERPRETED or DEVICE == "cuda"
     assert choose(torch.empty(1, 4, 2, 128, device=DEVICE)) == ("triton" if kernels_run_here else "sdpa")
     assert choose(torch.empty(1, 4, 2, 256, device=DEVICE)) == "sdpa"
+
+
+def test_our_package_is_no_burden_to_others() -> None:
+    """transformers asks any package named kernels for its version: ours has none, and does not bring in
+    Triton."""
+    program = (
+        "import sys, kernels; assert 'triton' not in sys.modules and not hasattr(kernels, '__version__')\n"
+        "from transformers import MistralForCausalLM; assert sys.modules['kernels'] is kernels"
+    )
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------

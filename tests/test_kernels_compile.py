@@ -19,6 +19,8 @@ pytest.importorskip("triton", reason="Triton is not published for this system")
 import compile_only
 from triton.runtime import driver
 
+from kernels import decode_attention
+
 pytestmark = not_interpreted
 BUDGETS = json.loads((Path(__file__).parent / "kernel_budgets.json").read_text())
 # What the loop had in the first version that worked (64 or 128 keys x 128 or 64 queries, sm_90, head
@@ -91,3 +93,44 @@ def test_amd_compiles() -> None:
         assert (
             kernel.metadata.shared <= compile_only.SHARED_MEMORY["gfx942"] and "mfma" in kernel.asm["amdgcn"]
         )
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_decoding_compiles(architecture: int) -> None:
+    from kernels import decode
+
+    compile_only.pretend(architecture)
+    for kernel in (decode.split_kernel, decode.merge_kernel):
+        compile_only.forget(kernel)
+    q = torch.zeros(2, 8, 128, dtype=BF16)
+    cache = torch.zeros(2, 4, 4096, 128, dtype=BF16)
+    lengths = torch.full((2,), 4096, dtype=torch.int32)
+    decode_attention(q, cache[:, :2], cache[:, 2:], lengths, impl="triton")
+    split, merge = (
+        compile_only.inspect_sass(compile_only.compiled(kernel)[0])
+        for kernel in (decode.split_kernel, decode.merge_kernel)
+    )
+    assert compile_only.spills(split.hot_loop()) == compile_only.spills(merge.opcodes) == 0
+    assert (
+        split.shared <= compile_only.SHARED_MEMORY[89]
+    )  # the smallest in the table, so that it fits everywhere
+
+
+def test_teaching_kernels_compile() -> None:
+    from kernels import pointwise
+
+    compile_only.pretend(90)
+    x = torch.zeros(64, 4096, dtype=BF16, requires_grad=True)
+    pointwise.RMSNorm.apply(x, torch.ones(4096, dtype=BF16), 1e-6).sum().backward()
+    pointwise.SwiGLU.apply(x, x).sum().backward()
+    pointwise.Rope.apply(x.view(64, 32, 128), torch.ones(64, 64), torch.zeros(64, 64)).sum().backward()
+    names = (
+        "rmsnorm_kernel",
+        "rmsnorm_backward_kernel",
+        "rope_kernel",
+        "swiglu_kernel",
+        "swiglu_backward_kernel",
+    )
+    for name in names:
+        for kernel in compile_only.compiled(getattr(pointwise, name)):
+            assert compile_only.spills(compile_only.inspect_sass(kernel).opcodes) == 0, name
