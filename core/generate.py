@@ -70,7 +70,7 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
     if seen is not None:
         penalty = sampling.repetition_penalty
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if sampling.temperature > 0:
+    if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
     if sampling.top_k:
         worst = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
@@ -213,7 +213,7 @@ class Batch:
             length = len(self.prompts[p])
             self.slots[row] = Slot(p, s, length, min(length + self.max_new_tokens, self.limit))
             self.decoder.cache.insert(row, prefill, line, length)
-            self.positions[row], self.steps[row] = length - 1, 0
+            self.positions[row], self.steps[row] = length, 0
             self.uniforms[row] = uniforms(self.seed, p, s, self.uniforms.shape[1])
             if self.seen is not None:
                 self.seen[row] = False
@@ -244,17 +244,21 @@ class Batch:
             for line, p in enumerate(batch):
                 self.prefilled[p] = (prefill, line, logits[line])
             if self.decoder is None:
-                self.decoder = Decoder(self.model, Cache(prefill, len(self.slots), self.capacity))
+                self.decoder = Decoder(self.model, Cache(prefill, len(self.slots), self.capacity), self.limit)
 
     def step(self, n: int, used: int) -> tuple[Tensor, Tensor]:
         """Advance the first n slots by one token. Returns tokens [n] and log-probabilities [n]."""
         if self.cuda_graph:
             n = min(1 << (n - 1).bit_length(), len(self.slots))  # few sizes, few recordings; rows past n idle
-            return self.draw(self.decoder.replay(self.tokens[:n], self.positions[:n]), slice(0, n))
-        return self.draw(self.decoder(self.tokens[:n], self.positions[:n], used), slice(0, n))
+            logits = self.decoder.replay(self.tokens[:n], self.positions[:n])
+        else:
+            logits = self.decoder(self.tokens[:n], self.positions[:n], used)
+        self.positions[:n].add_(1)
+        self.steps[:n].add_(1)
+        return self.draw(logits, slice(0, n))
 
     def draw(self, logits: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Sample the rows' next tokens from logits [n, V] and move their state on by one."""
+        """Sample the rows' next tokens from logits [n, V]; returns them and their log-probabilities."""
         seen = None if self.seen is None else self.seen[rows]
         logprobs = distribution(logits[:, : self.vocab_size], self.sampling, seen)
         if self.sampling.temperature > 0:
@@ -263,8 +267,6 @@ class Batch:
         else:
             tokens = logprobs.argmax(-1)
         self.tokens[rows] = tokens
-        self.positions[rows] += 1
-        self.steps[rows] += 1
         if seen is not None:
             self.seen[rows] = seen.scatter(-1, tokens[:, None], True)
         return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
