@@ -4,7 +4,9 @@
     python chat.py --model FOLDER_OR_HUB_ID --prompt "What is a prime?"     one answer
     python chat.py --model FOLDER_OR_HUB_ID --raw --prompt "Once upon a"    text continued, no chat format
 
-    python chat.py --model FOLDER --tools calculator,search                 with tools, for the moss format
+    python chat.py --model FOLDER --image cat.png --prompt "What is it?"    about pictures, with a model that
+    sees python chat.py --model FOLDER --tools calculator,search                 with tools, for the moss
+    format
 
 A model of the moss format (sft.py) shows its thoughts in grey, its commands in yellow and what the tools gave
 in magenta before it answers; pictures that it had drawn are saved. In a conversation: /reset forgets it,
@@ -26,6 +28,7 @@ from typing import Literal
 import jinja2
 import jinja2.sandbox
 import torch
+from torch import Tensor
 
 from core import tools
 from core.checkpoint import load_pretrained, read_json, resolve_folder
@@ -33,11 +36,14 @@ from core.config import UsageError, UserError, parse, require, run_main
 from core.decode import join_weights
 from core.generate import Completion, Sampling, stream
 from core.quantize import quantize
+from core.vlm_checkpoint import load_vlm, load_vlm_tower
 from data.chat import Rendered, after_commands, end_token, plain, render
+from data.picture_batches import texts_in
+from data.pictures import BadPicture, load_picture, prepare
 from data.readers import Message
 from data.replies import end_ids, read_commands, tools_on
 from data.tokenizer import Tokenizer, load_tokenizer
-from model import Transformer
+from model import PATCH, Transformer, VisionTower
 
 
 @dataclass(kw_only=True)
@@ -49,6 +55,7 @@ class Config:
     system: str = ""  # system message
     tools: tuple[str, ...] = ()  # calculator solver search picture, or all: switched on in the moss format
     documents: str = ""  # file or folder that the search tool looks in; empty = its own small collection
+    image: tuple[str, ...] = ()  # pictures that the first message speaks of; /image FILE adds one later
     pictures: str = "pictures"  # folder for the pictures that the model has drawn
     max_new_tokens: int = 512  # longest answer
     temperature: float = 0.7  # 0 = always the most probable token
@@ -65,15 +72,29 @@ class Config:
 class Conversation:
     """Messages, and the same as token ids in the model's chat format."""
 
-    def __init__(self, tokenizer: Tokenizer, system: str = "") -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, system: str = "", eyes: "Eyes | None" = None) -> None:
+        self.tokenizer, self.eyes = tokenizer, eyes
+        self.features: Tensor | None = None  # [pictures, patches, dim] of all pictures so far
+        self.new_pictures = 0  # of those that the next message will speak of
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
         self.ids: list[int] = []
 
+    def look(self, path: str) -> None:
+        """Open a picture for the next message. The encoders see it once, however long the conversation."""
+        if self.eyes is None:
+            raise UserError("this model does not see; vlm.py makes one that does")
+        seen = self.eyes(path)
+        self.features = seen if self.features is None else torch.cat((self.features, seen))
+        self.new_pictures += 1
+
     def add_user(self, text: str) -> None:
         """Append a message, and what the format puts after it for the model to go on from."""
-        self.messages.append({"role": "user", "content": text})
-        self.ids += self.new_ids()
+        pictures = [{"type": "image"}] * self.new_pictures
+        content = [*pictures, {"type": "text", "text": text}] if pictures else text
+        self.messages.append({"role": "user", "content": content})
+        self.new_pictures = 0
+        for token in self.new_ids():
+            self.ids += [PATCH] * self.eyes.tower.tokens if token == PATCH else [token]
 
     def new_ids(self) -> list[int]:
         """Tokens of what the last message adds to the conversation."""
@@ -93,12 +114,41 @@ class Conversation:
             self.ids.append(self.tokenizer.eos_id)
 
 
+class Eyes:
+    """Picture file -> what the vision tower says of it."""
+
+    def __init__(self, tower: VisionTower, settings: dict[str, str]) -> None:
+        self.tower, self.settings = tower, settings
+
+    def __call__(self, path: str) -> Tensor:
+        """[1, patches, dim]. Raises UserError for what is no picture."""
+        try:
+            means = tuple(config.mean for config in self.tower.configs)
+            pixels = prepare(load_picture(Path(path)), self.tower.image_size, self.settings["resize"], means)
+        except BadPicture as error:
+            raise UserError(str(error)) from None
+        return self.tower(pixels[None].to(next(self.tower.parameters()).device))
+
+
+class PureConversation(Conversation):
+    """Prismatic's plain format, in which Moxin-VLM was trained."""
+
+    def new_ids(self) -> list[int]:
+        begin = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+        message = self.messages[-1]
+        pictures = [PATCH] * sum(
+            part["type"] == "image" for part in message["content"] if isinstance(part, dict)
+        )
+        asked = self.tokenizer.encode(f"In: {' '.join(texts_in(message))}\nOut:")
+        return ([] if self.ids else [begin]) + pictures + asked
+
+
 class MossConversation(Conversation):
     """A conversation in the moss format, opened by a meta-instruction that says which tools are on."""
 
-    def __init__(self, tokenizer: Tokenizer, system: str, config: Config) -> None:
+    def __init__(self, tokenizer: Tokenizer, system: str, config: Config, eyes: Eyes | None) -> None:
         enabled = tools.tool_names(config.tools)
-        super().__init__(tokenizer, system or tools.meta_instruction(enabled))
+        super().__init__(tokenizer, system or tools.meta_instruction(enabled), eyes)
         self.config = config
         self.index = tools.load_index(config.documents) if "Search" in enabled else None
 
@@ -124,7 +174,9 @@ class MossConversation(Conversation):
             return
         stop = replace(sampling, stop_ids=end_ids(self.tokenizer, "<eoc>", "<eom>"))
         config = self.config
-        *_, (_, made) = stream(model, self.ids, self.tokenizer, stop, config.max_new_tokens, config.seed)
+        *_, (_, made) = stream(
+            model, self.ids, self.tokenizer, stop, config.max_new_tokens, config.seed, self.features
+        )
         written = read_commands(made.tokens, self.tokenizer)
         if written is None:  # not thoughts and commands: go on as if it had written None twice
             self.ids += self.last_turn(False).ids[len(self.last_turn(True).ids) :]
@@ -151,12 +203,15 @@ class MossConversation(Conversation):
         self.ids += ([] if completion.tokens[-1:] == [end] else [end]) + self.tokenizer.encode("\n")
 
 
-def open_conversation(tokenizer: Tokenizer, system: str, config: Config) -> Conversation:
+def open_conversation(
+    tokenizer: Tokenizer, system: str, config: Config, eyes: Eyes | None = None
+) -> Conversation:
     """In the format that the model's template names."""
     if tokenizer.chat_template and "<|MOSS|>" in tokenizer.chat_template:
-        return MossConversation(tokenizer, system, config)
+        return MossConversation(tokenizer, system, config, eyes)
     require(not config.tools, "--tools: this model was not trained in the moss format, the one with tools")
-    return Conversation(tokenizer, system)
+    is_pure = eyes is not None and eyes.settings["chat_format"] == "pure"
+    return (PureConversation if is_pure else Conversation)(tokenizer, system, eyes)
 
 
 def reply(
@@ -166,7 +221,7 @@ def reply(
     conversation.add_user(text)
     if isinstance(conversation, MossConversation):
         conversation.use_tools(model, sampling)
-    written = answer(model, conversation.ids, conversation.tokenizer, sampling, config)
+    written = answer(model, conversation.ids, conversation.tokenizer, sampling, config, conversation.features)
     conversation.add_answer(*written)
 
 
@@ -220,18 +275,32 @@ def newest_model() -> Path:
     return folders[-1].parent
 
 
+def folder_of(config: Config) -> Path:
+    return resolve_folder(config.model) if config.model else newest_model()
+
+
+def load_eyes(folder: Path, model: Transformer) -> Eyes | None:
+    """What a model that sees looks with, on its device and in its type."""
+    if not (folder / "vision").is_dir():
+        return None
+    tower, settings = load_vlm_tower(folder)
+    example = next(model.projector.parameters())
+    return Eyes(tower.to(example.device, example.dtype), settings)
+
+
 def load(config: Config) -> tuple[Transformer, Tokenizer, Sampling]:
     """Model, tokenizer, and how to sample: until the tokens that the folder says end an answer."""
     require(
         config.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device here; use cpu"
     )
-    folder = resolve_folder(config.model) if config.model else newest_model()
+    folder = folder_of(config)
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     dtype = (
         torch.bfloat16 if config.dtype == "bfloat16" or on_gpu and config.dtype == "auto" else torch.float32
     )
     tokenizer = load_tokenizer(folder)
-    model = load_pretrained(folder, dtype, "cuda" if on_gpu else "cpu")
+    read = load_vlm if (folder / "vision").is_dir() else load_pretrained
+    model = read(folder, dtype, "cuda" if on_gpu else "cpu")
     model = join_weights(model) if config.quantize == "none" else quantize(model, int(config.quantize[3:]))
     settings = (
         read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
@@ -252,12 +321,18 @@ def load(config: Config) -> tuple[Transformer, Tokenizer, Sampling]:
 
 
 def answer(
-    model: Transformer, ids: list[int], tokenizer: Tokenizer, sampling: Sampling, config: Config
+    model: Transformer,
+    ids: list[int],
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    config: Config,
+    features: Tensor | None = None,
 ) -> tuple[str, Completion]:
     """Print an answer as it comes. Ctrl-C ends it where it is."""
     text, completion = "", Completion()
     try:
-        for piece, so_far in stream(model, ids, tokenizer, sampling, config.max_new_tokens, config.seed):
+        made = stream(model, ids, tokenizer, sampling, config.max_new_tokens, config.seed, features)
+        for piece, so_far in made:
             text, completion = text + piece, so_far
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
@@ -269,10 +344,10 @@ def answer(
     return text, completion
 
 
-def converse(model: Transformer, tokenizer: Tokenizer, sampling: Sampling, config: Config) -> None:
+def converse(conversation: Conversation, model: Transformer, sampling: Sampling, config: Config) -> None:
     """The conversation in the terminal."""
-    print("/reset  /system TEXT  /save FILE  /quit; Ctrl-C stops an answer", file=sys.stderr)
-    conversation = open_conversation(tokenizer, config.system, config)
+    tokenizer, eyes = conversation.tokenizer, conversation.eyes
+    print("/reset  /system TEXT  /image FILE  /save FILE  /quit; Ctrl-C stops an answer", file=sys.stderr)
     while True:
         try:
             words = input("> " if sys.stdin.isatty() else "").strip()
@@ -285,19 +360,25 @@ def converse(model: Transformer, tokenizer: Tokenizer, sampling: Sampling, confi
         if command == "/quit":
             return
         if command == "/reset":
-            conversation = open_conversation(tokenizer, config.system, config)
+            conversation = open_conversation(tokenizer, config.system, config, eyes)
         elif command == "/system":
             config.system = argument
-            conversation = open_conversation(tokenizer, argument, config)
+            conversation = open_conversation(tokenizer, argument, config, eyes)
         elif command == "/save":
             save(conversation.messages, argument)
+        elif command == "/image":
+            try:
+                conversation.look(argument)
+            except UserError as error:
+                print(f"/image {error}", file=sys.stderr)
         elif command.startswith("/"):
-            print(f"{command}: unknown; /reset, /system TEXT, /save FILE or /quit", file=sys.stderr)
+            known = "/reset, /system TEXT, /image FILE, /save FILE or /quit"
+            print(f"{command}: unknown; {known}", file=sys.stderr)
         elif words:
             try:
                 reply(conversation, words, model, sampling, config)
             except UserError as error:
-                conversation = open_conversation(tokenizer, config.system, config)
+                conversation = open_conversation(tokenizer, config.system, config, eyes)
                 print(f"{error} (the conversation starts anew)", file=sys.stderr)
 
 
@@ -319,10 +400,15 @@ def main() -> None:
         print(config.prompt, end="")
         ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(config.prompt)
         answer(model, ids, tokenizer, sampling, config)
-    elif config.prompt:
-        reply(open_conversation(tokenizer, config.system, config), config.prompt, model, sampling, config)
+        return
+    eyes = load_eyes(folder_of(config), model)
+    conversation = open_conversation(tokenizer, config.system, config, eyes)
+    for path in config.image:
+        conversation.look(path)
+    if config.prompt:
+        reply(conversation, config.prompt, model, sampling, config)
     else:
-        converse(model, tokenizer, sampling, config)
+        converse(conversation, model, sampling, config)
 
 
 if __name__ == "__main__":

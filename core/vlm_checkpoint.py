@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -68,20 +69,29 @@ def fill_all(module: nn.Module, tensors: Tensors, prefix: str, source: str | Pat
         fill(parameter, tensors[prefix + name])
 
 
-def load_vlm(folder: str | Path) -> tuple[VLM, VisionTower, dict[str, str]]:
-    """(model, tower, settings) of a folder of `save_vlm`."""
+def load_vlm(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> VLM:
+    """The model of a folder of `save_vlm`, without the encoders: `load_vlm_tower` reads those."""
     folder = Path(folder)
     if not (folder / "vision").is_dir():
         raise UserError(f"{folder}: no vision/ in this folder, so it cannot see; vlm.py makes one that can")
-    tower = load_vision_tower(*sorted((folder / "vision").glob("encoder_*")))
+    with safe_open(folder / "vision" / "projector.safetensors", framework="pt") as file:
+        vision_dim = file.get_slice("fc1.weight").get_shape()[1]
     with torch.device("meta"):
-        model = VLM(read_config(folder), tower.dim)
-    model.to_empty(device="cpu")
+        model = VLM(read_config(folder), vision_dim).to(dtype)
+    model.to_empty(device=device)
     if model.config.tied:
         model.head.weight = model.embed.weight
     load_weights(model, folder)
     load_projector(model, folder)
-    return model, tower, read_json(folder / "vision" / "config.json")
+    return model
+
+
+def load_vlm_tower(folder: str | Path) -> tuple[VisionTower, dict[str, str]]:
+    """The encoders of a folder of `save_vlm`, and how pictures and conversations are prepared for it."""
+    place = Path(folder) / "vision"
+    return load_vision_tower(*sorted(place.glob("encoder_*"))), read_json(place / "config.json")
 
 
 @torch.no_grad()

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import chat
 import vlm
 from core.checkpoint import load_pretrained, tensor_names
 from core.config import UsageError, UserError
 from core.generate import generate
 from core.scenes import draw
 from core.towers import CLASSES, patch_classes
-from core.vlm_checkpoint import load_published_vlm, load_vlm
+from core.vlm_checkpoint import load_published_vlm, load_vlm, load_vlm_tower
 from data.chat import render
 from data.packing import Item
 from data.picture_batches import Example, PictureBatches, collate, render_row
@@ -291,7 +292,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     assert summary["blind"]["blind"] == summary["before"]["no_picture"]
     for name in ("curves.png", "model/vision/encoder_1/model.safetensors", "checkpoints/step_000006"):
         assert (finished / name).exists(), name
-    model, tower, settings = load_vlm(finished / "model")
+    model, (tower, settings) = load_vlm(finished / "model"), load_vlm_tower(finished / "model")
     assert settings == {"chat_format": "tulu", "resize": "naive"} and tower.tokens == 36
     words = load_pretrained(finished / "model")  # text-only programs open it as a language model
     tokens = torch.tensor([[5, 6, 7]])
@@ -316,7 +317,7 @@ def test_resume_is_bitwise(finished: Path, tmp_path: Path, monkeypatch: pytest.M
     while not (tmp_path / "b/checkpoints/step_000003").exists() and time.monotonic() < deadline:
         time.sleep(0.1)  # it is written in the background
     assert run(tmp_path / "b", "--resume") == losses(finished)
-    one, other = (load_vlm(folder / "model")[0].state_dict() for folder in (finished, tmp_path / "b"))
+    one, other = (load_vlm(folder / "model").state_dict() for folder in (finished, tmp_path / "b"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -329,7 +330,7 @@ def test_accumulation_changes_nothing_and_align_trains_the_projector_alone(
     parts = run(tmp_path / "parts", *start, "--steps", "3", "--micro_batch_size", "1")
     assert np.allclose(whole, parts, rtol=1e-5)
     run(tmp_path / "align", *start, "--steps", "3", "--stage", "align", "--lr", "1e-2")
-    before, after = load_pretrained(finished / "language"), load_vlm(tmp_path / "align/model")[0]
+    before, after = load_pretrained(finished / "language"), load_vlm(tmp_path / "align/model")
     for name, parameter in before.named_parameters():
         assert torch.equal(parameter, after.get_parameter(name)), name
     fresh = VLM(after.config, after.vision_dim, seed=0)
@@ -345,11 +346,42 @@ def test_accumulation_changes_nothing_and_align_trains_the_projector_alone(
         "--lr",
         "0",
     )
-    tuned, tower, _ = load_vlm(tmp_path / "tune/model")
+    tuned, (tower, _) = load_vlm(tmp_path / "tune/model"), load_vlm_tower(tmp_path / "tune/model")
     assert torch.equal(tuned.projector.fc1.weight, after.projector.fc1.weight)
     for name, encoder in zip(("dino-tiny", "siglip-tiny"), tower.encoders, strict=True):
         trained = vlm.load_vision_tower(finished / "towers" / name).encoders[0]
         assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), trained.parameters(), strict=True))
+
+
+def test_chat_looks_at_a_picture_once(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    SceneRows(1).find("0").save(tmp_path / "scene.png")
+    config = chat.Config(model=str(finished / "model"), device="cpu", temperature=0, max_new_tokens=3)
+    model, tokenizer, sampling = chat.load(config)
+    eyes = chat.load_eyes(finished / "model", model)
+    looked = []
+    eyes.tower.register_forward_hook(lambda *_: looked.append(1))
+    conversation = chat.open_conversation(tokenizer, "", config, eyes)
+    conversation.look(str(tmp_path / "scene.png"))
+    for turn in range(3):
+        if turn == 2:
+            conversation.look(str(tmp_path / "scene.png"))
+        chat.reply(conversation, "What is <image> it?", model, sampling, config)
+        assert conversation.ids.count(PATCH) == 36 * len(looked) and len(looked) == 1 + (turn == 2)
+    row = Row(conversation.messages, [Path("a"), Path("b")])
+    assert conversation.ids[:60] == render_row(row, tokenizer, "tulu", 36).ids.tolist()[:60]
+    for path in (tmp_path, tmp_path / "none.png"):
+        with pytest.raises(UserError, match="damaged|no such file"):
+            conversation.look(str(path))
+    blind = chat.open_conversation(tokenizer, "", config, None)
+    with pytest.raises(UserError, match="does not see"):
+        blind.look(str(tmp_path / "scene.png"))
+    pure = chat.PureConversation(
+        tokenizer, "", chat.Eyes(eyes.tower, {**eyes.settings, "chat_format": "pure"})
+    )
+    pure.look(str(tmp_path / "scene.png"))
+    pure.add_user("What is it?")
+    row = Row([pure.messages[0], {"role": "assistant", "content": "A cat."}], [Path("a")])
+    assert render_row(row, tokenizer, "pure", 36).ids.tolist()[: len(pure.ids)] == pure.ids
 
 
 @pytest.mark.parametrize("layout", ["prismatic", "openvla"])
