@@ -27,10 +27,10 @@ import torch
 
 from core import tools
 from core.checkpoint import load_weights, read_config, resolve_folder, save_pretrained
-from core.config import RunConfig, UserError, parse, require, run_main
+from core.config import RunConfig, parse, require, run_main
 from core.estimate import print_estimate
-from core.optimizer import learning_rate, make_adamw, make_muon, set_learning_rate
-from core.parallel import clip_grad_norm, materialize, parallelize, unsharded
+from core.optimizer import make_adamw, make_muon, take_step
+from core.parallel import materialize, parallelize, unsharded
 from core.resume import Checkpointer
 from core.run import Run, Speedometer, SpikeGuard, due
 from data.chat import HEADERS, ChatFormat, TrainOn, chat_template, fit
@@ -81,95 +81,47 @@ class Config(RunConfig):
         require(0 < self.val_fraction < 1, "--val_fraction must be between 0 and 1")
 
 
+# fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        steps=600,
-        seq_len=384,
-        batch_size=12,
-        lr=6e-3,
-        min_lr=6e-4,
-        warmup_steps=20,
-        weight_decay=0.01,
-        eval_every=200,
-        save_every=200,
+        steps=1500, seq_len=384, batch_size=4, optimizer="muon", lr=5e-3, min_lr=1e-4, warmup_steps=30,
+        weight_decay=0.01, log_every=50, eval_every=500, save_every=500,
     ),
     "small": dict(
-        init_from="runs/pretrain-small/model",
-        examples=40_000,
-        seq_len=2048,
-        batch_size=128,
-        micro_batch_size=8,
-        lr=1e-4,
-        min_lr=1e-5,
-        warmup_ratio=0.03,
-        weight_decay=0.0,
-        compile=True,
+        examples=40_000, epochs=3, seq_len=2048, batch_size=128, micro_batch_size=8, lr=1e-4, min_lr=1e-5,
+        warmup_ratio=0.03, weight_decay=0.0, layers=8, dim=512, heads=8, vocab_size=4000,
     ),
     # open-instruct's script as Moxin ran it: 2 epochs, 5e-6 linear, warm-up 3 %, 128 conversations of up to
     # 4,096 tokens, no weight decay, token-sum loss, gradient norm clipped at 1. It cut long conversations
     # inside a turn; we cut between turns.
     "moxin-7b": dict(
-        init_from="moxin-org/Moxin-7B-LLM",
-        data=("hub/allenai/tulu-3-sft-mixture",),
-        chat_format="tulu",
-        loss="sum",
-        epochs=2,
-        seq_len=4096,
-        batch_size=128,
-        micro_batch_size=1,
-        lr=5e-6,
-        schedule="linear",
-        warmup_ratio=0.03,
-        weight_decay=0.0,
-        checkpointing="full",
-        compile=True,
-        eval_every=500,
+        init_from="moxin-org/Moxin-7B-LLM", data=("hub/allenai/tulu-3-sft-mixture",), chat_format="tulu",
+        loss="sum", epochs=2, seq_len=4096, batch_size=128, micro_batch_size=1, lr=5e-6, schedule="linear",
+        warmup_ratio=0.03, weight_decay=0.0, checkpointing="full", compile=True, eval_every=500,
         save_every=500,
     ),
     # arXiv 2412.06845, section 4.2: "the Tulu 3 SFT defaults" on these two sets. Not published: the split of
     # OpenR1, the length limit (Tulu's 4,096 would cut most thoughts before their answer) and the conversion
-    # to <think>. Ours: the default split, 16,384 tokens, longer ones dropped.
+    # to <think>. Ours: the default split, 16,384 tokens, longer ones dropped. Some problems of OpenR1 have no
+    # verified generation and are skipped.
     "moxin-7b-cot": dict(
         init_from="moxin-org/Moxin-7B-Instruct",
-        data=(
-            "hub/open-thoughts/OpenThoughts-114k/data/*.parquet",
-            "hub/open-r1/OpenR1-Math-220k/data/*.parquet",
-        ),
-        chat_format="tulu",
-        loss="sum",
-        epochs=2,
-        skip_bad=True,  # some OpenR1 problems have no verified generation
-        too_long="drop",
-        seq_len=16_384,
-        batch_size=128,
-        micro_batch_size=1,
-        lr=5e-6,
-        schedule="linear",
-        warmup_ratio=0.03,
-        weight_decay=0.0,
-        checkpointing="full",
-        compile=True,
-        eval_every=200,
-        save_every=200,
+        data=("hub/open-thoughts/OpenThoughts-114k/data/*.parquet",
+              "hub/open-r1/OpenR1-Math-220k/data/*.parquet"),
+        skip_bad=True, chat_format="tulu", loss="sum", epochs=2, too_long="drop", seq_len=16_384,
+        batch_size=128, micro_batch_size=1, lr=5e-6, schedule="linear", warmup_ratio=0.03, weight_decay=0.0,
+        checkpointing="full", compile=True, eval_every=200, save_every=200,
     ),
     # finetune_moss.py and its README: 2 epochs, 1.5e-5 cosine to 0, warm-up 5 %, 128 conversations of up to
     # 2,048 tokens, weight decay 0.1, clip 1. --train_on moss-official for its loss on the user's words. Its
     # mixture also had FLANv2 (64 instances a task), which was not published.
     "moss-16b": dict(
-        init_from="fnlp/moss-moon-003-base",
-        data=("hub/fnlp/moss-003-sft-data",),
-        epochs=2,
-        seq_len=2048,
-        batch_size=128,
-        micro_batch_size=1,
-        lr=1.5e-5,
-        warmup_ratio=0.05,
-        checkpointing="full",
-        compile=True,
-        eval_every=500,
-        save_every=500,
+        init_from="fnlp/moss-moon-003-base", data=("hub/fnlp/moss-003-sft-data",), epochs=2, seq_len=2048,
+        batch_size=128, micro_batch_size=1, lr=1.5e-5, warmup_ratio=0.05, checkpointing="full", compile=True,
+        eval_every=500, save_every=500,
     ),
 }
+# fmt: on
 
 
 @dataclass
@@ -421,30 +373,19 @@ def main() -> None:
             (nats / divisor).backward()
             loss_sum += nats.detach()
         loss = run.sum(loss_sum)[0] / max(1, counted)
-        grad_norm = clip_grad_norm(model, config.grad_clip)
-        lr = learning_rate(config, step)
-        set_learning_rate(optimizer, lr)
-        if guard.accepts(loss, grad_norm):
-            optimizer.step()
-        optimizer.zero_grad()
+        values = take_step(model, optimizer, guard, config, step, loss)
 
         step, tokens, trained = step + 1, tokens + int(real), trained + int(counted)
         speed.add(int(real))
         stopping, last = run.should_stop(), step == steps
-        if step % config.log_every == 0 or last:
-            values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
-            values |= {"trained_tokens": trained, "fill": real / places, "skipped": guard.skipped}
+        if due(config.log_every, step) or last:
+            values |= {"tokens": tokens, "trained_tokens": trained, "fill": real / places}
             run.log(step, steps, **values, **speed.read())
         if due(config.eval_every, step) and not (last or stopping):
             run.log(step, steps, **report(model, data, config, run))
             speed.read()
-        if due(config.save_every, step) or last or stopping:
-            checkpoints.save(step, guard=guard.state_dict(), before=before, tokens=tokens, trained=trained)
-        if stopping:
-            checkpoints.wait()
-            raise UserError(
-                f"stopped at step {step}, checkpoint saved; go on with --resume --out {run.folder}"
-            )
+        counters = {"guard": guard.state_dict(), "before": before, "tokens": tokens, "trained": trained}
+        checkpoints.after_step(step, last, stopping, **counters)
 
     after = report(model, data, config, run) | ask(model, data, config, run)
     run.log(step, steps, **after)
