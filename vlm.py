@@ -58,13 +58,13 @@ class Config(RunConfig):
     check_data: bool = False  # open every row and picture, report, stop
     optimizer: Literal["adamw", "muon"] = "adamw"
     beta2: float = 0.999  # AdamW's second momentum; PyTorch's default, as in Prismatic
-    scenes: int = 12_000  # drawn pictures to train on
-    objects: int = 3  # most things in one
-    turns: int = 4  # questions about each
+    scenes: int = 8000  # drawn pictures to train on
+    objects: int = 2  # most things in one
+    turns: int = 6  # questions about each
     eval_rows: int = 900  # held-out rows
-    tower_steps: int = 1500  # steps of training the small encoders
+    tower_steps: int = 800  # steps of training the small encoders
     tower_batch: int = 32  # scenes in each
-    blind_steps: int = 300  # steps on words alone, where the language model is made here
+    blind_steps: int = 200  # steps on words alone, where the language model is made here
     layers: int = 4  # its shape
     dim: int = 128
     vocab_size: int = 600
@@ -103,12 +103,13 @@ MOXIN: dict[str, Any] = dict(
 )
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
+        optimizer="muon",
         steps=1500,
-        seq_len=192,
-        batch_size=32,
-        micro_batch_size=32,
-        lr=2e-3,
-        min_lr=2e-5,
+        seq_len=256,
+        batch_size=16,
+        micro_batch_size=16,
+        lr=6e-3,
+        min_lr=6e-5,
         warmup_steps=50,
         weight_decay=0.05,
         beta2=0.95,

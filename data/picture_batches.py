@@ -151,12 +151,15 @@ class PictureBatches:
         self.batch_size, self.seed = batch_size, seed
         self.device = next(tower.parameters()).device
         self.means = tuple(config.mean for config in tower.configs)
-        self.lengths, self.pictures = scan(rows, characters, within or range(len(rows)))
-        self.alike = {seeing: np.flatnonzero((self.pictures > 0) == seeing) for seeing in (False, True)}
+        within = within or range(len(rows))
+        self.lengths, self.pictures = scan(rows, characters, within)
+        used = self.lengths > 0
+        self.alike = {sees: np.flatnonzero(used & ((self.pictures > 0) == sees)) for sees in (False, True)}
         self.first = np.concatenate([[0], np.cumsum(self.pictures)])  # number of each row's first picture
         self.steps_per_epoch = len(plan_epoch(self.lengths, self.pictures, batch_size, seed, 0))
-        key = {"rows": rows.fingerprint(), "tower": tower_name(tower), "resize": resize}
         total = int(self.first[-1])
+        key = {"rows": rows.fingerprint(), "within": [within.start, within.stop], "pictures": total}
+        key |= {"tower": tower_name(tower), "resize": resize}
         self.cache = FeatureCache(cache, key, total, tower.tokens, tower.dim) if cache and total else None
         self.pool = ThreadPoolExecutor(workers)
         self.ahead: dict[tuple[int, int, int], list[Future]] = {}

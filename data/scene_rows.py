@@ -17,13 +17,14 @@ if __name__ == "__main__":  # run as a file: import from the repository, not fro
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from core.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Item, Language, Scene, describe, draw, random_scene
+from core.towers import one_letter
 from data.pictures import IMAGE, Rows, Source
 
 HELD_OUT = {("purple", "star"), ("yellow", "triangle"), ("black", "circle")}  # never in training
 BESIDE = {"left of": "左边", "right of": "右边", "above": "上面", "below": "下面"}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 CHINESE = COLOURS | SHAPES | SIZES | POSITIONS | BESIDE
-KINDS = ("colour", "shape", "size", "position", "count", "exist", "relation", "digits", "letters", "caption")
+KINDS = ("colour", "shape", "size", "position", "count", "exist", "relation", "digit", "letter", "caption")
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,11 @@ class Asker:
         ]
         return Question(question, texts[0]) if len(texts) == 1 else None
 
-    def digits(self) -> Question | None:
-        return self.text(True, self.say("Which number is written?", "写的是什么数字？"))
+    def digit(self) -> Question | None:
+        return self.text(True, self.say("Which digit is written?", "写的是什么数字？"))
 
-    def letters(self) -> Question | None:
-        return self.text(False, self.say("Which letters are written?", "写的是什么字母？"))
+    def letter(self) -> Question | None:
+        return self.text(False, self.say("Which letter is written?", "写的是什么字母？"))
 
     def caption(self) -> Question:
         text = self.say("Describe the picture.", "描述这张图片。")
@@ -179,7 +180,7 @@ class SceneRows(Rows):
         rng = random.Random(f"{self.seed}/{i}")
         kind, language = self.kinds[i % len(self.kinds)], rng.choice(self.languages)
         while True:
-            scene = random_scene(rng, rng.randint(1, self.most), text_share=0.25)
+            scene = one_letter(random_scene(rng, rng.randint(1, self.most), text_share=0.25))
             present = pairs(*scene.items)
             if bool(present & HELD_OUT) != self.held_out:
                 continue

@@ -353,6 +353,36 @@ def test_accumulation_changes_nothing_and_align_trains_the_projector_alone(
         assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), trained.parameters(), strict=True))
 
 
+def test_own_data_with_text_alone_and_a_broken_picture(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    scenes = SceneRows(20, seed=8)
+    records = [scenes.record(i) for i in range(20)]
+    for i, record in enumerate(records):
+        if i % 2:
+            del record["image"]
+        else:
+            scenes.find(record["image"]).save(tmp_path / f"{i}.png")
+            record["image"] = f"{i}.png"
+    (tmp_path / "4.png").write_bytes(b"broken")
+    (tmp_path / "rows.json").write_text(json.dumps(records, indent=1))
+    words = [
+        "--data",
+        str(tmp_path / "rows.json"),
+        "--init_from",
+        str(finished / "language"),
+        "--eval_rows",
+        "4",
+    ]
+    words += ["--vision", *(str(finished / "towers" / name) for name in ("dino-tiny", "siglip-tiny"))]
+    with pytest.raises(UserError, match="1 of 20 rows are broken, more than 1.0%"):
+        run(tmp_path / "strict", *words)
+    capfd.readouterr()
+    assert len(run(tmp_path / "run", *words, "--max_bad", "0.1", "--batch_size", "2", "--steps", "8")) == 8
+    assert capfd.readouterr().err.count("not a picture in a known format") == 1
+    assert json.loads((tmp_path / "run/summary.json").read_text())["broken_rows"] == 1
+
+
 def test_chat_looks_at_a_picture_once(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     SceneRows(1).find("0").save(tmp_path / "scene.png")
     config = chat.Config(model=str(finished / "model"), device="cpu", temperature=0, max_new_tokens=3)
@@ -420,7 +450,7 @@ def test_scene_questions_have_exact_answers() -> None:
         assert questions[0][0] == KINDS[i % len(KINDS)] and not pairs(*scene.items) & HELD_OUT
         assert not any(question.about & HELD_OUT for _, question in questions)
         for kind, question in questions:
-            if kind in ("digits", "letters"):
+            if kind in ("digit", "letter"):
                 assert [item.text for item in scene.items].count(question.answer) == 1
             if kind == "exist":
                 assert (question.answer in ("yes", "有")) == bool(question.about & pairs(*scene.items))
