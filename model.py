@@ -62,9 +62,17 @@ class Config:
 
 
 PRESETS: dict[str, Config] = {
-    "tiny": Config(max_seq_len=1024),
+    # Made here. At these widths matrices of std 0.02 learn slowly at first: theirs is 1 / sqrt(dim).
+    "tiny": Config(max_seq_len=1024, init_std=256**-0.5),
     "small": Config(
-        vocab_size=32_000, layers=12, dim=768, heads=12, kv_heads=4, ffn_dim=2048, max_seq_len=4096
+        vocab_size=32_000,
+        layers=12,
+        dim=768,
+        heads=12,
+        kv_heads=4,
+        ffn_dim=2048,
+        max_seq_len=4096,
+        init_std=768**-0.5,
     ),  # 124,668,672 parameters
     # arXiv 2412.06845, table 1 and the released config.json: Mistral-7B widened to 36 layers. 8,114,180,096.
     "moxin-7b": Config(
@@ -551,7 +559,9 @@ class Projector(nn.Module):
         return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(features)))))
 
 
-PATCH = -1  # stands in a sequence of token ids for one patch of a picture; no tokenizer and no sampler yields it
+PATCH = (
+    -1
+)  # stands in a sequence of token ids for one patch of a picture; no tokenizer and no sampler yields it
 
 
 class VLM(Transformer):

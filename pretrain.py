@@ -164,7 +164,7 @@ def model_shape(config: Config, vocab_size: int) -> Shape:
     if config.dim or config.heads:
         dim, heads = config.dim or shape.dim, config.heads or shape.heads
         require(dim % heads == 0, f"--dim {dim} must be a multiple of --heads {heads}")
-        changes["head_dim"] = dim // heads
+        changes |= {"head_dim": dim // heads, "init_std": dim**-0.5}
     longest = max(phase.seq_len for phase in plan_phases(config))
     try:
         return replace(shape, **changes, vocab_size=vocab_size, max_seq_len=max(shape.max_seq_len, longest))

@@ -24,7 +24,7 @@ REPORTED_NATS = 1.88  # nanoGPT's README, "I only have a macbook"
 OURS = (
     "--layers 4 --dim 128 --heads 4 --kv_heads 4 --ffn_dim 336 --seq_len 64 --batch_size 12 "
     "--micro_batch_size 12 --lr 2e-3 --min_lr 1e-4 --warmup_steps 50 --document_mask false --save_every 0 "
-    "--log_every 100 --eval_every 200 --val_tokens 111000 --prompts ROMEO:"
+    "--log_every 100 --eval_every 100 --val_tokens 16000 --prompts ROMEO:"
 ).split()
 THEIRS = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=50 "
