@@ -101,10 +101,13 @@ class Sass:
     loops: list[Counter[str]]  # the innermost loops, in order of address
 
     def hot_loop(self) -> Counter[str]:
-        """The loop of tiles that need no mask: the shortest of those that use the tensor cores."""
-        return min(
-            (loop for loop in self.loops if tensor_core_instructions(loop)), key=lambda loop: loop.total()
-        )
+        """The loop of tiles that need no mask: the shortest of those that multiply matrices.
+
+        On the tensor cores, or in float32 by hundreds of ordinary multiply-adds.
+        """
+        multiplying = [loop for loop in self.loops if tensor_core_instructions(loop)]
+        multiplying = multiplying or [loop for loop in self.loops if loop["FFMA"] + loop["FFMA2"] >= 100]
+        return min(multiplying, key=Counter.total)
 
 
 def tensor_core_instructions(opcodes: Counter[str]) -> int:

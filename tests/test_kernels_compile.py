@@ -45,11 +45,9 @@ def check(architecture: int, head_dim: int, dtype: torch.dtype, causal: bool, bo
     ).items():
         sass = compile_only.inspect_sass(kernel)
         assert sass.shared <= compile_only.SHARED_MEMORY[architecture], (variant, name)
-        if dtype == FP32:
-            assert compile_only.spills(sass.opcodes) == 0, (variant, name)
-            continue
         hot = sass.hot_loop()
         assert compile_only.spills(hot) == 0, (variant, name)
+        assert bool(compile_only.tensor_core_instructions(hot)) == (dtype != FP32), (variant, name)
         if variant in BUDGETS:
             assert hot.total() <= BUDGETS[variant][name], (variant, name, "see the module's docstring")
 
