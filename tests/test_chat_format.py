@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from core import tools
 from core.config import UserError
-from data import conversations
+from data import conversations, readers
 from data.chat import (
     HEADERS,
     Rendered,
@@ -468,6 +469,44 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
                             ("none.json", "no such file"), ("", ":")):  # fmt: skip
         with pytest.raises(UserError, match=complaint):
             read_conversations(tmp_path / name)
+
+
+def test_archives_and_tables_read_as_their_content(tmp_path: Path) -> None:
+    """The hub's forms: MOSS's zipped JSON, Tulu's parquet; a folder of several files in order of name."""
+    lines = [json.dumps({"messages": talk("a", str(number))}) for number in range(3)]
+    with zipfile.ZipFile(tmp_path / "b.jsonl.zip", "w") as archive:
+        archive.writestr("inside/talks.jsonl", "\n".join(lines))
+        archive.writestr("inside/readme.txt", "not data")
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": talk("a", "first")}]))
+    reading = read_conversations(tmp_path)
+    assert [messages[1]["content"] for messages in reading.conversations] == ["first", "0", "1", "2"]
+    (tmp_path / "c.zip").write_bytes(b"PK broken")
+    with pytest.raises(UserError, match="c.zip: .*fetch it again"):
+        read_conversations(tmp_path)
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(
+        pyarrow.Table.from_pylist([json.loads(line) for line in lines]), tmp_path / "d.parquet"
+    )
+    assert read_conversations(tmp_path / "d.parquet").conversations == [talk("a", str(n)) for n in range(3)]
+
+
+def test_hub_data_sets_are_streamed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hub/OWNER/NAME with a folder standing in for the hub."""
+
+    class Folder:
+        open = staticmethod(open)
+
+        def find(self, place: str) -> list[str]:
+            assert place == "datasets/owner/name"
+            return [str(path) for path in tmp_path.iterdir()]
+
+    asked = []
+    monkeypatch.setattr(readers, "hub_filesystem", lambda name: asked.append(name) or Folder())
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": talk("a", "b")}))
+    (tmp_path / "README.md").write_text("card")
+    assert read_conversations("hub/owner/name").conversations == [talk("a", "b")] and asked == ["owner/name"]
 
 
 def moss_record(commands: str, results: str, answer: str) -> dict:
