@@ -254,8 +254,11 @@ def open_tensors(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor
     """(names, get) of one weight file, memory-mapped: a tensor costs memory only once it is got."""
     try:
         if path.suffix == ".safetensors":
-            file = safe_open(path, framework="pt")
-            names, get = list(file.keys()), file.get_tensor
+            names = list(safe_open(path, framework="pt").keys())
+
+            def get(name: str) -> Tensor:
+                # Opened for each tensor: what was mapped of the file counts as ours until it is closed.
+                return safe_open(path, framework="pt").get_tensor(name)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
