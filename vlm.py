@@ -28,7 +28,7 @@ from core.optimizer import make_adamw, make_muon, set_learning_rate, take_step
 from core.parallel import clip_grad_norm, materialize, parallelize
 from core.resume import Checkpointer
 from core.run import Run, Speedometer, SpikeGuard, due
-from core.towers import train_towers
+from core.towers import LEARNT, train_towers
 from core.vision_checkpoint import load_vision_tower
 from core.vlm_checkpoint import load_projector, save_vlm
 from data.packing import Item
@@ -46,9 +46,7 @@ class Config(RunConfig):
     stage: Literal["finetune", "align"] = "finetune"  # align trains the projector alone
     data: tuple[str, ...] = ("scenes",)  # LLaVA .json, .jsonl, tar of pairs; scenes = drawn here
     images: str = ""  # folder that the files' picture names are relative to; empty = beside the file
-    vision: tuple[
-        str, ...
-    ] = ()  # encoders, folders or files, DINOv2 first; empty = small ones, trained first
+    vision: tuple[str, ...] = ()  # encoders' files or folders, DINOv2's first; empty = small ones, made here
     image_size: int = 96  # side of the picture that the encoders see, pixels
     resize: Resize = "naive"  # naive squeezes (Moxin), crop keeps the middle, letterbox pads
     chat_format: VisionFormat = "tulu"  # pure = Prismatic's "In: ... Out: ...", as Moxin
@@ -258,9 +256,8 @@ def answers_right(model: Transformer, examples: list[Example], size: int, run: R
     One forward shows it: every trained token must be the most probable after those before it.
     """
     right = np.zeros(len(examples))
-    mine = np.arange(run.rank, -(-len(examples) // run.world_size) * run.world_size, run.world_size) % len(
-        examples
-    )
+    padded = -(-len(examples) // run.world_size) * run.world_size  # all processes make as many forwards
+    mine = np.arange(run.rank, padded, run.world_size) % len(examples)
     for start in range(0, len(mine), size):
         part = mine[start : start + size]
         batch, features = collate([examples[i] for i in part], run.device)
@@ -275,7 +272,7 @@ def controls(examples: list[Example]) -> dict[str, list[Example]]:
     kinds = np.array([0 if e.features is None else len(e.features) for e in examples])
     partner = np.arange(len(examples))
     for count in set(kinds):  # a picture for a picture, two for two
-        partner[kinds == count] = np.roll(np.flatnonzero(kinds == count), 5)
+        partner[kinds == count] = np.roll(np.flatnonzero(kinds == count), 1)
     shuffled = [Example(e.item, examples[i].features) for e, i in zip(examples, partner, strict=True)]
     return {"accuracy": examples, "shuffled": shuffled, "no_picture": [blind(e.item) for e in examples]}
 
@@ -324,10 +321,11 @@ def main() -> None:
     if sources:
         tower = load_vision_tower(*sources, image_size=config.image_size)
     else:
-        steps, size = config.tower_steps, config.tower_batch
-        tower = train_towers(
-            run.folder / "towers", config.image_size, steps, size, config.seed, run.device, run.say
-        )
+        if run.main:
+            sizes = config.image_size, config.tower_steps, config.tower_batch
+            train_towers(run.folder / "towers", *sizes, config.seed, run.device, run.say)
+        run.barrier()
+        tower = load_vision_tower(*(run.folder / "towers" / name for name in LEARNT))
     tower.to(run.device, run.dtype)
 
     def batches_of(rows: Rows, within: range) -> PictureBatches:
@@ -351,7 +349,9 @@ def main() -> None:
         folder = resolve_folder(config.init_from)
     else:
         folder = run.folder / "language"
-        if not (folder / "config.json").is_file():
+        is_there = (folder / "config.json").is_file()
+        run.barrier()  # all have looked before one writes
+        if not is_there:
             save_pretrained(learn_words(config, run, tokenizer.vocab_size, batches), folder, tokenizer)
     model = build_model(config, run, folder, tower)
     optimizer = make_optimizer(model, config)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from core.optimizer import decay_groups
 from core.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, draw, random_scene
-from core.vision_checkpoint import load_vision_encoder, save_vision_encoder
-from model import VISION_PRESETS, VisionConfig, VisionEncoder, VisionTower, normalise
+from core.vision_checkpoint import save_vision_encoder
+from model import VISION_PRESETS, VisionConfig, VisionEncoder, normalise
 
 LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Fields of what a patch shows; class 0 of each is background, or nothing of the kind.
@@ -75,24 +75,18 @@ def train_towers(
     seed: int,
     device: torch.device,
     say: Callable[[str], None],
-) -> VisionTower:
-    """Both encoders, for pictures of `size` pixels; kept in `folder`, and taken from there if they are
-    there."""
-    encoders = []
+) -> None:
+    """Both encoders, for pictures of `size` pixels, into `folder`; what is there already is left as it is."""
     for name, (fields, share) in LEARNT.items():
-        place = folder / name
-        if not (place / "config.json").is_file():
-            grid = VISION_PRESETS[name].grid
-            config = replace(VISION_PRESETS[name], image_size=size, patch_size=size // grid)
-            encoder, right = train_encoder(
-                config, fields, max(1, round(share * steps)), batch_size, seed, device
-            )
-            say(
-                f"{name}: after {steps} steps right on " + ", ".join(f"{f} {r:.3f}" for f, r in right.items())
-            )
-            save_vision_encoder(encoder, place)
-        encoders.append(load_vision_encoder(place))
-    return VisionTower(encoders)
+        if (folder / name / "config.json").is_file():
+            continue
+        config = VISION_PRESETS[name]
+        config = replace(config, image_size=size, patch_size=size // config.grid)
+        own_steps = max(1, round(share * steps))
+        encoder, right = train_encoder(config, fields, own_steps, batch_size, seed, device)
+        shares = ", ".join(f"{field} {share:.3f}" for field, share in right.items())
+        say(f"{name}: {own_steps} steps, then right on {shares}")
+        save_vision_encoder(encoder, folder / name)
 
 
 def train_encoder(
