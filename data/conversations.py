@@ -279,8 +279,12 @@ STORIES = {  # sign, question, reply
 
 def calculation(draw: Draw) -> ToolTalk:
     """Larger numbers than `arithmetic` asks about: without the calculator they are out of reach."""
-    sign, a, b = draw.values(lambda rng: (rng.choice("+-*"), rng.randint(11, 99), rng.randint(11, 99)))
-    a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
+
+    def sample(rng: random.Random) -> tuple[str, int, int]:
+        sign, a, b = rng.choice("+-*"), rng.randint(11, 99), rng.randint(11, 99)
+        return (sign, max(a, b), min(a, b)) if sign == "-" else (sign, a, b)
+
+    sign, a, b = draw.values(sample)
     answer = str(result_of(a, sign, b))
     question, reply = draw.words(ARITHMETIC), f"{a} {SIGNS[sign]} {b} = {answer}"
     if draw.rng.random() < 0.5 and (draw.split != "template" or sign == "*"):
