@@ -148,10 +148,10 @@ def convert(record: dict[str, Any]) -> Problem:
     return Problem(prompt.strip(), answer.strip(), task, {"content": solution} if solution else {})
 
 
-def read_problems(path: Path, skip_bad: bool = False) -> tuple[list[Problem], list[str]]:
-    """All problems of a .jsonl or .json file or folder, and a remark "file:line: what" a bad record."""
+def read_problems(source: str | Path, skip_bad: bool = False) -> tuple[list[Problem], list[str]]:
+    """All problems of a file, a folder or hub/OWNER/NAME[/FILE], and "file:line: what" a bad record."""
     problems, remarks = [], []
-    for place, record in records(path):
+    for place, record in records(str(source)):
         try:
             problems.append(convert(json.loads(record) if isinstance(record, str) else record))
         except (ValueError, KeyError, TypeError) as error:
@@ -160,24 +160,8 @@ def read_problems(path: Path, skip_bad: bool = False) -> tuple[list[Problem], li
                 raise UserError(f"{place}: {what}; mend the record or pass --skip_bad") from None
             remarks.append(f"{place}: {what}")
     if not problems:
-        raise UserError(f"{path}: no usable problem in it")
+        raise UserError(f"{source}: no usable problem in it")
     return problems, remarks
-
-
-def fetch(word: str) -> Path:
-    """hub/OWNER/NAME/FILE -> a local copy of that file."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    parts = word.split("/", 3)
-    if len(parts) < 4:
-        raise UserError(f"--data {word}: expected hub/OWNER/NAME/FILE, for example "
-                        "hub/agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json")  # fmt: skip
-    try:
-        return Path(hf_hub_download("/".join(parts[1:3]), parts[3], repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--data {word}: cannot be fetched ({reason}); give a local path instead") from None
 
 
 # What a run draws from
@@ -199,8 +183,7 @@ class Problems:
             if not name.startswith("hub/") and not Path(name).exists():
                 known = ", ".join(TASKS)
                 raise UserError(f"--data {name}: neither a file nor a task ({known}){nearest(name, TASKS)}")
-            path = fetch(name) if name.startswith("hub/") else Path(name)
-            self.read[name], remarks = read_problems(path, skip_bad)
+            self.read[name], remarks = read_problems(name, skip_bad)
             self.remarks += remarks
         self.sizes = {name: sum(not p.held_out for p in pool) for name, pool in self.read.items()}
         self.orders: dict[tuple[str, int], list[Problem]] = {}

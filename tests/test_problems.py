@@ -107,7 +107,7 @@ def test_bad_lines_are_named_or_skipped(tmp_path, line, what):
 
 
 @pytest.mark.parametrize(
-    ("source", "what"), [("sortng", "did you mean sorting"), ("hub/owner", "expected hub/")]
+    ("source", "what"), [("sortng", "did you mean sorting"), ("nowhere.jsonl", "neither a file")]
 )
 def test_unknown_sources(source, what):
     with pytest.raises(UserError, match=what):

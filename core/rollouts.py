@@ -1,0 +1,208 @@
+"""Completions as training data: dealt to processes, padded into batches, counted for the log."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from core.run import Run
+
+IGNORE = -100  # a target that is not in the loss
+
+
+@dataclass
+class Episode:
+    """One completion of one problem: what the model wrote, what tools put in between, and what it earned."""
+
+    group: int  # index of its problem in the rollout
+    prompt: list[int]
+    tokens: list[int]
+    own: list[bool]  # False = written by a tool: never in the loss
+    logprobs: list[float]  # the sampler's, of own tokens
+    finished: bool = False  # it came to its end by itself
+    text: str = ""  # what is judged
+    reward: float = 0.0
+    advantage: float = 0.0  # how much better that is than its group
+    calls: int = 0
+    failures: int = 0  # calls of tools that gave nothing
+    old: list[float] = field(default_factory=list)  # the trainer's log-probabilities before the first update
+    reference: list[float] = field(default_factory=list)  # those of the model at the start
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+
+@dataclass
+class Micro:
+    """Some episodes side by side, padded on the right, where causal order hides it. All [n, T]."""
+
+    tokens: Tensor
+    targets: Tensor  # the next token where the model wrote it, else -100
+    sampled: Tensor  # the sampler's log-probabilities of the targets, and so on
+    old: Tensor
+    reference: Tensor
+    weights: Tensor  # of each target in the loss
+    advantages: Tensor  # [n, 1]
+
+
+def make_micro(episodes: list[Episode], weights: list[float], device: torch.device) -> Micro:
+    width = max(episode.length for episode in episodes) - 1
+    tokens = torch.zeros(len(episodes), width, dtype=torch.long)
+    targets = torch.full((len(episodes), width), IGNORE)
+    values = torch.zeros(4, len(episodes), width)  # sampled, old, reference, weights
+    for row, (episode, weight) in enumerate(zip(episodes, weights, strict=True)):
+        ids = torch.tensor(episode.prompt + episode.tokens)
+        tokens[row, : len(ids) - 1] = ids[:-1]
+        place = slice(len(episode.prompt) - 1, len(ids) - 1)
+        own = torch.tensor(episode.own)
+        targets[row, place] = torch.where(own, ids[len(episode.prompt) :], IGNORE)
+        for value, given in zip(values, (episode.logprobs, episode.old, episode.reference), strict=False):
+            if given:
+                value[row, place] = torch.tensor(given)
+        values[3, row, place] = own * weight
+    advantages = torch.tensor([[episode.advantage] for episode in episodes])
+    placed = [x.to(device) for x in (tokens, targets, *values, advantages)]
+    return Micro(*placed)
+
+
+def deal(episodes: list[Episode], budget: int, run: Run) -> list[list[Episode]]:
+    """This process's share, as micro-batches of at most `budget` tokens, padding included.
+
+    Episodes of like length go together. Every process gets the same number of micro-batches, some perhaps
+    empty, since each forward of a sharded model must be made by all.
+    """
+    ordered = sorted(episodes, key=lambda episode: -episode.length)
+    shares = []
+    for rank in range(run.world_size):
+        rows: list[list[Episode]] = []
+        for episode in ordered[rank :: run.world_size]:
+            if not rows or (len(rows[-1]) + 1) * rows[-1][0].length > budget:
+                rows.append([])
+            rows[-1].append(episode)
+        shares.append(rows)
+    most = max(map(len, shares))
+    return shares[run.rank] + [[]] * (most - len(shares[run.rank]))
+
+
+def gather(items: list, run: Run) -> list:
+    """The lists of all processes, in order of rank, one after the other."""
+    if run.world_size == 1:
+        return items
+    found: list = [None] * run.world_size
+    dist.all_gather_object(found, items)
+    return [item for part in found for item in part]
+
+
+class Statistics:
+    """Sums over the tokens of a rollout's updates, for the log."""
+
+    def __init__(self, device: torch.device, has_reference: bool) -> None:
+        names = ["tokens", "cells", "entropy", "clip_low", "clip_high", "ratio", "ratio_square"]
+        names += ["mismatch", "mismatch_k3"] + ["kl_k1", "kl_k2", "kl_k3"] * has_reference
+        # All from the start: a process that gets nothing to do must still take part in the sums.
+        self.sums = {name: torch.zeros((), device=device) for name in names}
+        self.largest = torch.zeros((), device=device)
+        self.updates: list[dict[str, float]] = []  # what core.optimizer.take_step said of each
+
+    def add(
+        self,
+        micro: Micro,
+        logprobs: Tensor,
+        old: Tensor,
+        entropy: Tensor,
+        ratio: Tensor,
+        clip_low: float,
+        clip_high: float,
+    ) -> None:
+        """Count a forward: log-probabilities [n, T] now and before the first update, entropy, ratio."""
+        mask = micro.targets != IGNORE
+        off = (old - micro.sampled) * mask  # trainer and sampler, about the same model
+        ratio = ratio.expand_as(mask)
+        values = {
+            "tokens": mask,
+            "entropy": entropy,
+            "clip_low": (ratio < 1 - clip_low) & (micro.advantages < 0),
+            "clip_high": (ratio > 1 + clip_high) & (micro.advantages > 0),
+            "ratio": ratio,
+            "ratio_square": ratio**2,
+            "mismatch": off.abs(),
+            "mismatch_k3": off.exp() - off - 1,
+        }
+        if "kl_k1" in self.sums:
+            delta = (micro.reference - logprobs) * mask
+            values |= {"kl_k1": -delta, "kl_k2": 0.5 * delta**2, "kl_k3": delta.exp() - delta - 1}
+        for name, value in values.items():
+            self.sums[name] += (value * mask).sum()
+        self.sums["cells"] += mask.numel()
+        self.largest = torch.maximum(self.largest, off.abs().max())
+
+    def read(self, run: Run) -> dict[str, float]:
+        """Means over the tokens of all processes, and over the updates."""
+        sums = dict(zip(self.sums, run.sum(*self.sums.values()), strict=True))
+        tokens, cells = max(1.0, sums.pop("tokens")), max(1.0, sums.pop("cells"))
+        means = {name: value / tokens for name, value in sums.items()}
+        means["ratio_variance"] = max(0.0, means.pop("ratio_square") - means["ratio"] ** 2)
+        means["mismatch_max"] = max(gather([self.largest.item()], run))
+        count = len(self.updates)
+        mean = {name: sum(one[name] for one in self.updates) / count for name in ("loss", "grad_norm")}
+        last = {name: self.updates[-1][name] for name in ("lr", "skipped")}
+        return {
+            **mean,
+            **last,
+            **means,
+            "padding": 1 - tokens / cells,
+            "updates": count,
+            "trained_tokens": tokens,
+        }
+
+
+class Clock:
+    """Seconds spent in each phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begun
+
+
+def describe(episodes: list[Episode], samples: int) -> dict[str, float]:
+    """What a rollout was like, for the log."""
+    rewards = torch.tensor([episode.reward for episode in episodes]).view(-1, samples)
+    lengths = torch.tensor([float(len(episode.tokens)) for episode in episodes])
+    finished = torch.tensor([episode.finished for episode in episodes])
+    advantages = torch.tensor([episode.advantage for episode in episodes])
+    equal = (rewards == rewards[:, :1]).all(1)
+    values = {
+        "reward": rewards.mean(),
+        "reward_std": rewards.std(1).mean(),
+        "all_right": (equal & (rewards[:, 0] > 0)).float().mean(),
+        "all_wrong": (equal & (rewards[:, 0] <= 0)).float().mean(),
+        "advantage_min": advantages.min(),
+        "advantage_max": advantages.max(),
+        "used": (advantages != 0).float().mean(),
+        "length": lengths.mean(),
+        "length_min": lengths.min(),
+        "length_max": lengths.max(),
+        "length_finished": lengths[finished].mean() if finished.any() else torch.tensor(0.0),
+        "truncated": 1 - finished.float().mean(),
+    }
+    calls = sum(episode.calls for episode in episodes)
+    if calls:
+        failures = sum(episode.failures for episode in episodes)
+        values |= {"tool_calls": calls / len(episodes), "tool_failures": failures / calls}
+    return {name: float(value) for name, value in values.items()}
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Chance that one of k completions is right, without bias (arXiv 2107.03374, eq. 1)."""
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
