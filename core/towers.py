@@ -27,6 +27,7 @@ LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Fields of what a patch shows; class 0 of each is background, or nothing of the kind.
 CLASSES = {"shape": len(SHAPES) + 2, "size": len(SIZES) + 1, "colour": len(COLOURS) + 1}
 CLASSES["letter"] = len(LETTERS) + 1
+POOL, TEST = 3000, 200  # scenes to learn from, and to be asked about afterwards
 # Each encoder's fields, and its share of the steps: colours are soon learnt.
 LEARNT = {"dino-tiny": (("shape", "size", "letter"), 1.0), "siglip-tiny": (("colour",), 0.3)}
 
@@ -77,53 +78,64 @@ def train_towers(
     say: Callable[[str], None],
 ) -> None:
     """Both encoders, for pictures of `size` pixels, into `folder`; what is there already is left as it is."""
-    for name, (fields, share) in LEARNT.items():
-        if (folder / name / "config.json").is_file():
-            continue
+    missing = [name for name in LEARNT if not (folder / name / "config.json").is_file()]
+    if not missing:
+        return
+    pictures, classes = draw_scenes(
+        min(POOL, steps * batch_size) + TEST, size, VISION_PRESETS[missing[0]].grid, seed
+    )
+    for name in missing:
+        fields, share = LEARNT[name]
         config = VISION_PRESETS[name]
         config = replace(config, image_size=size, patch_size=size // config.grid)
         own_steps = max(1, round(share * steps))
-        encoder, right = train_encoder(config, fields, own_steps, batch_size, seed, device)
+        encoder, right = train_encoder(config, fields, pictures, classes, own_steps, batch_size, seed, device)
         shares = ", ".join(f"{field} {share:.3f}" for field, share in right.items())
-        say(f"{name}: {own_steps} steps, then right on {shares}")
+        say(f"{name}: {own_steps} steps, then right on {shares} of new scenes' patches")
         save_vision_encoder(encoder, folder / name)
+
+
+def draw_scenes(count: int, size: int, grid: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Crowded scenes: pictures [count, 3, size, size] uint8, classes [count, grid * grid, fields] int64."""
+    rng = random.Random(seed)
+    scenes = [one_letter(random_scene(rng, rng.randint(1, 9), text_share=0.5)) for _ in range(count)]
+    pictures = torch.stack(
+        [torch.from_numpy(np.array(draw(scene, size))).permute(2, 0, 1) for scene in scenes]
+    )
+    return pictures, torch.stack([patch_classes(scene, grid) for scene in scenes])
 
 
 def train_encoder(
     config: VisionConfig,
     fields: tuple[str, ...],
+    pictures: Tensor,
+    classes: Tensor,
     steps: int,
     batch_size: int,
     seed: int,
     device: torch.device,
 ) -> tuple[VisionEncoder, dict[str, float]]:
-    """(encoder, share of the last 20 batches' foreground patches that it names rightly, by field, before
-    learning from them)."""
+    """(encoder, share of the last TEST scenes' foreground patches that it names rightly, by field)."""
     encoder = VisionEncoder(config, upto=-1, seed=seed).to(device)
     torch.manual_seed(seed)
     head = nn.Linear(config.dim, sum(CLASSES[field] for field in fields)).to(device)
     parameters = [*encoder.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(decay_groups(parameters, 0.05), betas=(0.9, 0.95))
-    counts = np.zeros((2, len(CLASSES)))
+    optimizer = torch.optim.AdamW(decay_groups(parameters, 0.05), betas=(0.9, 0.95), fused=True)
+    generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        rng = random.Random(f"{seed}/{step}")
-        scenes = [one_letter(random_scene(rng, rng.randint(1, 9), text_share=0.5)) for _ in range(batch_size)]
-        pictures = torch.stack(
-            [torch.from_numpy(np.array(draw(scene, config.image_size))) for scene in scenes]
-        )
-        pixels = normalise(pictures.permute(0, 3, 1, 2).to(device), config)
-        classes = torch.stack([patch_classes(scene, config.grid) for scene in scenes]).to(device)
-        scores = head(encoder(pixels, layer=-1))
+        chosen = torch.randint(len(pictures) - TEST, (batch_size,), generator=generator)
+        pixels = normalise(pictures[chosen].to(device), config)
+        loss = patch_loss(head(encoder(pixels, layer=-1)), classes[chosen].to(device), fields)
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
-        patch_loss(scores, classes, fields).backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if step >= steps - 20:
-            for field, part in zip(fields, scores.split([CLASSES[f] for f in fields], dim=-1), strict=True):
-                wanted = classes[..., list(CLASSES).index(field)]
-                right = (part.argmax(-1) == wanted) & (wanted > 0)
-                counts[:, list(CLASSES).index(field)] += right.sum().item(), (wanted > 0).sum().item()
-    shares = dict(zip(CLASSES, counts[0] / np.maximum(counts[1], 1), strict=True))
-    return encoder.cpu(), {field: shares[field] for field in fields}
+    with torch.no_grad():
+        scores = head(encoder(normalise(pictures[-TEST:].to(device), config), layer=-1)).cpu()
+    right = {}
+    for field, part in zip(fields, scores.split([CLASSES[field] for field in fields], dim=-1), strict=True):
+        wanted = classes[-TEST:, :, list(CLASSES).index(field)]
+        right[field] = (part.argmax(-1) == wanted)[wanted > 0].float().mean().item()
+    return encoder.cpu(), right
