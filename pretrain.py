@@ -26,7 +26,7 @@ from core.config import RunConfig, UsageError, UserError, parse, require, run_ma
 from core.estimate import print_estimate
 from core.generate import generate
 from core.optimizer import make_adamw, make_muon, take_step
-from core.parallel import materialize, parallelize, unsharded
+from core.parallel import new_model, parallelize, unsharded
 from core.resume import Checkpointer
 from core.run import Run, Speedometer, SpikeGuard, due
 from data.text import Batch, Corpus, HubUnreachable, PackedBatches, parse_source, prepare, val_batches
@@ -175,9 +175,7 @@ def model_shape(config: Config, vocab_size: int) -> Shape:
 def build_model(config: Config, run: Run, corpus: Corpus, tokenizer: Tokenizer) -> Transformer:
     """From scratch, or from a folder: as it is, deeper, or with the rows that a larger vocabulary needs."""
     if not config.init_from:
-        with torch.device("meta"):
-            model = Transformer(model_shape(config, tokenizer.vocab_size))
-        model = materialize(parallelize(model, run), run)
+        model = new_model(model_shape(config, tokenizer.vocab_size), run)
         model.init_weights(config.seed)
         return model
     start, old = read_config(config.init_from), load_tokenizer(config.init_from)
@@ -190,9 +188,7 @@ def build_model(config: Config, run: Run, corpus: Corpus, tokenizer: Tokenizer) 
         )
     grown = tokenizer.vocab_size - start.vocab_size
     if grown <= 0 and not config.expand_layers:
-        with torch.device("meta"):
-            model = Transformer(start)
-        model = materialize(parallelize(model, run), run)
+        model = new_model(start, run)
         load_weights(model, config.init_from)
         return model
     # Surgery works on whole weights: each process makes the same model, then keeps its share.
@@ -295,8 +291,7 @@ def main() -> None:
         name: getattr(config, name) for name in ("seed", "lr", "schedule", "optimizer", "document_mask")
     }
     checkpoints = Checkpointer(run, model, optimizer, identity)
-    state = checkpoints.load() if config.resume else {}
-    guard.load_state_dict(state.get("guard", guard.state_dict()))
+    state = checkpoints.resume(guard)
     before = state.get("before") or report(model, corpus, tokenizer, config, run)
 
     flops = flops_per_token(model.config, config.seq_len)

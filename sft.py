@@ -30,7 +30,7 @@ from core.checkpoint import load_weights, read_config, resolve_folder, save_pret
 from core.config import RunConfig, parse, require, run_main
 from core.estimate import print_estimate
 from core.optimizer import make_adamw, make_muon, take_step
-from core.parallel import materialize, parallelize, unsharded
+from core.parallel import new_model, unsharded
 from core.resume import Checkpointer
 from core.run import Run, Speedometer, SpikeGuard, due
 from data.chat import HEADERS, ChatFormat, TrainOn, chat_template, fit
@@ -247,9 +247,7 @@ def build_model(config: Config, run: Run, tokenizer: Tokenizer) -> Transformer:
         f"the tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size} rows: not its own",
     )
     require(config.seq_len <= shape.max_seq_len, f"--seq_len: the model's limit is {shape.max_seq_len}")
-    with torch.device("meta"):
-        model = Transformer(shape)
-    model = materialize(parallelize(model, run), run)
+    model = new_model(shape, run)
     if config.init_from:
         load_weights(model, resolve_folder(config.init_from))
     else:
@@ -341,8 +339,7 @@ def main() -> None:
     same = ("seed", "lr", "schedule", "steps", "batch_size", "optimizer", "loss", "base_steps")
     identity |= {name: getattr(config, name) for name in same}
     checkpoints = Checkpointer(run, model, optimizer, identity)
-    state = checkpoints.load() if config.resume else {}
-    guard.load_state_dict(state.get("guard", guard.state_dict()))
+    state = checkpoints.resume(guard)
     before = state.get("before") or report(model, data, config, run) | ask(model, data, config, run)
 
     run.say(

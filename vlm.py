@@ -361,8 +361,7 @@ def main() -> None:
         name: getattr(config, name) for name in ("stage", "seed", "lr", "schedule", "steps", "batch_size")
     }
     checkpoints = Checkpointer(run, model, optimizer, identity)
-    state = checkpoints.load() if config.resume else {}
-    guard.load_state_dict(state.get("guard", guard.state_dict()))
+    state = checkpoints.resume(guard)
     before = state.get("before") or report(model, held_out, config, run)
 
     flops = flops_per_token(model.config, config.seq_len)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from core.config import require
 from core.run import Run
-from model import Transformer
+from model import Config, Transformer
 
 
 def parallelize(model: Transformer, run: Run) -> Transformer:
@@ -90,6 +90,13 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         for part in parts:
             part.set_reshard_after_forward(part is not model, recurse=False)
             part.reshard()
+
+
+def new_model(shape: Config, run: Run) -> Transformer:
+    """A model of this shape, parallelized, its values not yet defined: initialise them or load weights."""
+    with torch.device("meta"):
+        model = Transformer(shape)
+    return materialize(parallelize(model, run), run)
 
 
 def clip_grad_norm(model: nn.Module, largest: float) -> float:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from core.config import UserError
-from core.run import Run, due, write_json
+from core.run import Run, SpikeGuard, due, write_json
 
 
 class Checkpointer:
@@ -119,6 +119,14 @@ class Checkpointer:
             f"cannot save a checkpoint in {self.folder} ({reason}; {free:.1f} MB were free on the disk); "
             f"{remains}; make room, then --resume"
         )
+
+    def resume(self, guard: SpikeGuard) -> dict[str, Any]:
+        """With --resume, `load` and restore the guard; else nothing to go on from, {}."""
+        if not self.run.config.resume:
+            return {}
+        state = self.load()
+        guard.load_state_dict(state["guard"])
+        return state
 
     def load(self) -> dict[str, Any]:
         """Restore the newest checkpoint that is whole; returns its state.json. Damaged ones are named and
