@@ -33,7 +33,7 @@ from core.config import RunConfig, UserError, parse, require, run_main
 from core.estimate import print_estimate
 from core.generate import generate
 from core.optimizer import make_adamw, set_learning_rate, take_step
-from core.parallel import clip_grad_norm, materialize, parallelize, unsharded
+from core.parallel import clip_grad_norm, new_model, unsharded
 from core.resume import Checkpointer
 from core.rewards import REWARDS
 from core.rollouts import IGNORE, Clock, Episode, Statistics, deal, describe, gather, make_micro, pass_at_k
@@ -486,7 +486,7 @@ def demonstration(problem: Problem, config: Config) -> list[dict[str, Any]]:
 def warm_start(config: Config, run: Run, problems: Problems) -> None:
     """Teach a new model by demonstrations, -sum log p(answer token) / N, and save it as RUN/start."""
     tokenizer = make_tokenizer(problems, config)
-    model = materialize(parallelize(new_model(own_shape(config, tokenizer.vocab_size)), run), run)
+    model = new_model(own_shape(config, tokenizer.vocab_size), run)
     model.init_weights(config.seed)
     optimizer = make_adamw(model, config.warm_lr, 0.0)
     rows = run.rows(config.warm_batch)
@@ -531,14 +531,9 @@ def own_shape(config: Config, vocab_size: int) -> Shape:
     )
 
 
-def new_model(shape: Shape) -> Transformer:
-    with torch.device("meta"):
-        return Transformer(shape)
-
-
 def load(folder: str, run: Run) -> Transformer:
     """A model folder, shared among the processes."""
-    model = materialize(parallelize(new_model(read_config(folder)), run), run)
+    model = new_model(read_config(folder), run)
     load_weights(model, folder)
     # FSDP wants its first call through the root, and sampling enters by the layers. `unsharded` also frees
     # the gathered weights again: left there, an optimizer would be given these instead of the shards.
@@ -633,8 +628,10 @@ def main() -> None:
     for remark in problems.remarks:
         run.say(f"left out: {remark}")
     start = config.init_from or str(run.folder / "start")
+    cpu_seconds = {"warm start": 0.0, "rollouts and updates": 0.0}  # of this process
     if not config.init_from and not (run.folder / "start").exists():
         warm_start(config, run, problems)
+        cpu_seconds["warm start"] = time.process_time()
     tokenizer, model = load_tokenizer(start), load(start, run)
     reference = load(start, run) if config.kl_coef else None
     optimizer = make_adamw(model, config.lr, config.weight_decay, betas=(0.9, 0.999))
@@ -643,8 +640,7 @@ def main() -> None:
     same = ("seed", "lr", "schedule", "data", "prompts", "num_samples", "batch_size", "epochs", "temperature")
     identity = {"model": asdict(model.config), **{name: getattr(config, name) for name in same}}
     checkpoints = Checkpointer(run, model, optimizer, identity)
-    state = checkpoints.load() if config.resume else {}
-    guard.load_state_dict(state.get("guard", guard.state_dict()))
+    state = checkpoints.resume(guard)
     cursor = state.get("cursor", 0)
     before = state.get("before") or evaluate(model, held_out, tokenizer, config, run)
 
@@ -655,7 +651,7 @@ def main() -> None:
     step = run.start_step
     while step < config.steps:
         stage = [stage for stage in stages if stage.first <= step][-1]
-        clock, begun = Clock(), time.monotonic()
+        clock, begun, begun_cpu = Clock(), time.monotonic(), time.process_time()
         episodes, cursor = collect(model, problems, tokenizer, config, run, step, stage, cursor, clock)
         if config.several_updates:
             with clock("old"):
@@ -673,6 +669,7 @@ def main() -> None:
                 f"{config.max_mismatch}): they no longer compute the same model; try --dtype float32"
             )
 
+        cpu_seconds["rollouts and updates"] += time.process_time() - begun_cpu
         step += 1
         stopping, last = run.should_stop(), step == config.steps
         if due(config.log_every, step) or last:
@@ -696,7 +693,8 @@ def main() -> None:
     save_pretrained(model, run.folder / "model", tokenizer)
     curves = (("reward", *tuple(after)[:3]), ("length", "eval_length"), ("entropy",), ("kl_k3", "mismatch"))
     curves += (("clip_low", "clip_high"), ("grad_norm",), ("all_right", "all_wrong", "truncated"))
-    run.finish({"before": before, "after": after, "problems": cursor, "skipped_steps": guard.skipped}, curves)
+    summary = {"before": before, "after": after, "problems": cursor, "skipped_steps": guard.skipped}
+    run.finish({**summary, "cpu_seconds": cpu_seconds}, curves)
     run.say(f"done: {run.folder}/curves.png, {run.folder}/summary.json, model in {run.folder}/model")
     run.say(f"next: python chat.py --model {run.folder}/model")
 

@@ -101,8 +101,8 @@ def steps(rng: random.Random, count: int = 6, thoughts: bool = True) -> Problem:
 
 
 def products(rng: random.Random) -> Problem:
-    """'compute 48273*917': beyond a small model, one call for the calculator. Needs the moss format."""
-    left, right = rng.randint(1000, 99_999), rng.randint(100, 9999)
+    """'compute 482*917': beyond a small model, one call for the calculator. Needs the moss format."""
+    left, right = rng.randint(100, 999), rng.randint(100, 999)
     value = str(left * right)
     commands = f'Calculate("{left}*{right}")'
     results = run_commands(commands, ["Calculate"]).text
