@@ -96,6 +96,7 @@ def main() -> None:
         result["share_of_nanogpt_cpu_seconds_to_its_final_loss"] = share
     (ROOT / "runs/bench").mkdir(parents=True, exist_ok=True)
     (ROOT / "runs/bench/shakespeare.json").write_text(json.dumps(result, indent=1))
+    mine["curve"] = " ".join(f"{step}:{nats:.3f}" for step, nats in mine["curve"])
     print(json.dumps(result, indent=1))
 
 
