@@ -106,9 +106,9 @@ def uniforms(seed: int, prompt: int, sample: int, count: int) -> Tensor:
 def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
     """Token [n] at which the cumulative distribution passes `uniform` [n].
 
-    In float64: a float32 sum over 10^5 tokens would be off by more than the rare ones are worth.
+    Summed in float64: a float32 sum over 10^5 tokens would be off by more than the rare ones are worth.
     """
-    cumulative = logprobs.double().exp_().cumsum(-1)
+    cumulative = logprobs.exp().cumsum(-1, dtype=torch.double)
     return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:]).squeeze(-1)
 
 
@@ -145,6 +145,7 @@ class Batch:
     ) -> None:
         self.model, self.prompts, self.sampling, self.tokenizer = model, prompts, sampling, tokenizer
         self.max_new_tokens, self.seed, self.features = max_new_tokens, seed, features
+        self.stop_ids = frozenset(sampling.stop_ids)
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise RuntimeError("the model is sharded: generate inside core.parallel.unsharded(model)")
         self.device = next(model.parameters()).device
@@ -278,7 +279,7 @@ class Batch:
         done = slot.completion
         done.tokens.append(token)
         done.logprobs.append(logprob)
-        if token in sampling.stop_ids or sampling.stop_strings and self.ends_with_stop(done.tokens):
+        if token in self.stop_ids or sampling.stop_strings and self.ends_with_stop(done.tokens):
             done.finish_reason = "stop"
         elif slot.length >= slot.end:
             done.finish_reason = "length" if len(done.tokens) == self.max_new_tokens else "context"
