@@ -3,9 +3,9 @@
     python benchmarks/grpo.py [EXPERIMENT] [--seeds 0 1 2]
 
 Each row is a whole run of grpo.py on one thread. "CPU-s" are processor seconds of demonstrations and of
-reinforcement, evaluation not counted. Experiments:
+reinforcement, without evaluation. Experiments:
 
-    sorting      sort 8 digits; controls: rewards given to the wrong completions, demonstrations for the same time
+    sorting      sort 8 digits; controls: rewards given to the wrong completions, demonstrations for as long
     countdown    make a number from three; the same controls
     steps        six operations in a row with thoughts, against demonstrations of the answer alone
     calculator   products of large numbers with the calculator, and without
