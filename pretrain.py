@@ -236,7 +236,8 @@ def bounds_of(batch: Batch, model: Transformer, config: Config) -> Bounds | None
 
 def samples(model: Transformer, tokenizer: Tokenizer, config: Config, run: Run) -> list[str]:
     """What the model makes of each prompt, at temperature 0.8."""
-    prompts = [tokenizer.encode(text) for text in config.prompts]
+    start = [] if tokenizer.bos_id in (None, tokenizer.eos_id) else [tokenizer.bos_id]
+    prompts = [start + tokenizer.encode(text) for text in config.prompts]
     with unsharded(model):
         made = generate(
             model,
@@ -293,6 +294,8 @@ def main() -> None:
     checkpoints = Checkpointer(run, model, optimizer, identity)
     state = checkpoints.resume(guard)
     before = state.get("before") or report(model, corpus, tokenizer, config, run)
+    if not state:
+        run.log(0, config.steps, **before)
 
     flops = flops_per_token(model.config, config.seq_len)
     run.say(f"{num_parameters(model.config):,} parameters, {flops:,} FLOPs a token, {config.steps} steps")
