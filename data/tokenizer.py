@@ -260,11 +260,11 @@ class LibraryTokenizer(Tokenizer):
     def __init__(self, content: str, special_tokens: dict[str, int], settings: dict[str, Any]) -> None:
         tokenizers = optional_import("tokenizers", "this kind of tokenizer.json")
         self.content, self.byte_level = content, '"ByteLevel"' in content
-        self.library = tokenizers.Tokenizer.from_str(content)
-        self.library.encode_special_tokens = True  # as plain text, if a text has their names
-        self.library.no_truncation()
-        self.library.no_padding()
-        ids = self.library.get_vocab(with_added_tokens=True).values()
+        self.engine = tokenizers.Tokenizer.from_str(content)
+        self.engine.encode_special_tokens = True  # as plain text, if a text has their names
+        self.engine.no_truncation()
+        self.engine.no_padding()
+        ids = self.engine.get_vocab(with_added_tokens=True).values()
         super().__init__(special_tokens, 1 + max(ids), settings)
         # A unigram model may find the name as a piece all the same; then the text is cut inside the name.
         forbidden = [name for name in special_tokens if name not in ("<unk>", "[UNK]") and len(name) > 1]
@@ -276,26 +276,26 @@ class LibraryTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         text = whole_characters(text)
-        ids = self.library.encode(text, add_special_tokens=False).ids
+        ids = self.engine.encode(text, add_special_tokens=False).ids
         if self.forbidden.isdisjoint(ids):
             return ids
         parts = self.cuts.split(text)
-        return [i for part in parts for i in self.library.encode(part, add_special_tokens=False).ids]
+        return [i for part in parts for i in self.engine.encode(part, add_special_tokens=False).ids]
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         texts = [whole_characters(text) for text in texts]
-        found = [item.ids for item in self.library.encode_batch(texts, add_special_tokens=False)]
+        found = [item.ids for item in self.engine.encode_batch(texts, add_special_tokens=False)]
         return [
             ids if self.forbidden.isdisjoint(ids) else self.encode(text)
             for text, ids in zip(texts, found, strict=True)
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.library.decode(list(ids), skip_special_tokens=False)
+        return self.engine.decode(list(ids), skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The library joins bytes only in its own decoder, so its alphabets are undone here."""
-        piece = self.library.id_to_token(token_id)
+        piece = self.engine.id_to_token(token_id)
         if piece is None or token_id in self.names:
             return b""
         return to_bytes(piece) if self.byte_level else piece_bytes(piece)
@@ -321,10 +321,10 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model_file: Path, extra: dict[str, int], settings: dict[str, Any]) -> None:
         library = optional_import("sentencepiece", model_file.name)
         try:
-            self.library = library.SentencePieceProcessor(model_file=str(model_file))
+            self.engine = library.SentencePieceProcessor(model_file=str(model_file))
         except (OSError, RuntimeError) as error:
             raise UserError(f"{model_file}: not a SentencePiece model ({error})") from None
-        sp = self.library
+        sp = self.engine
         size = sp.vocab_size()
         self.pieces = [sp.id_to_piece(i) for i in range(size)]
         self.special = [sp.is_control(i) or sp.is_unknown(i) for i in range(size)]
@@ -339,7 +339,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(special_tokens, 1 + max(size - 1, *special_tokens.values()), settings)
 
     def encode(self, text: str) -> list[int]:
-        return self.library.encode(whole_characters(text))
+        return self.engine.encode(whole_characters(text))
 
     def token_bytes(self, token_id: int) -> bytes:
         ordinary = token_id < len(self.pieces) and token_id not in self.names
@@ -347,7 +347,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def fingerprint(self) -> str:
-        model = hashlib.sha256(self.library.serialized_model_proto()).hexdigest()
+        model = hashlib.sha256(self.engine.serialized_model_proto()).hexdigest()
         return fingerprint_of(model, self.special_tokens, self.bos_id, self.eos_id)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -362,7 +362,7 @@ class SentencePieceTokenizer(Tokenizer):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        sp, ids = self.library, {piece: i for i, piece in enumerate(self.pieces)}
+        sp, ids = self.engine, {piece: i for i, piece in enumerate(self.pieces)}
         merges = []
         for i, piece in enumerate(self.pieces):
             if not (self.special[i] or sp.is_byte(i)):
