@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,9 +97,11 @@ def test_accumulation_and_recomputation_change_nothing(
 
 
 def test_two_processes_give_the_same_curve(corpus: Path, tmp_path: Path) -> None:
-    alone = run(corpus, tmp_path / "a", "--steps", "20")
-    words = ("--steps", "20", "--micro_batch_size", "1")
-    both = run_processes(run, 2, tmp_path, corpus, tmp_path / "b", *words)
+    words = ("--steps", "20", "--eval_every", "4", "--save_every", "4")
+    alone = run(corpus, tmp_path / "a", *words)
+    both = run_processes(run, 2, tmp_path, corpus, tmp_path / "b", *words, "--micro_batch_size", "1")
+    shutil.rmtree(tmp_path / "b/checkpoints/step_000020")
+    assert run(corpus, tmp_path / "b", *words, "--resume")[20] == pytest.approx(alone[20], abs=1e-5)
     assert max(abs(alone[step] - both[0][step]) for step in alone) < 1e-5
     ours, theirs = (load_pretrained(tmp_path / name / "model").state_dict() for name in "ab")
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
