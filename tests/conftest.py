@@ -81,7 +81,7 @@ def run_processes(
             found[rank] = value
     finally:
         for worker in workers:
-            worker.terminate()
+            worker.kill()  # a run in there may be catching SIGTERM
             worker.join()
     return [found[rank] for rank in range(processes)]
 
