@@ -376,11 +376,11 @@ class Config(NamedTuple):
     dq: Tiles
 
 
-# (architecture, width of the tiles, bytes of an element) -> Config. A fixed table rather than a search at run
-# time: the same program on every run and every rank. Each row was chosen by compiling candidates and counting
-# registers, spills, shared memory and instructions (docs/kernels.md). sm_80 also stands for 86 and 89, which
-# have less shared memory; sm_90 has asynchronous matrix instructions and sm_100 a memory for their results,
-# so theirs are larger.
+# (architecture, width of the tiles or a head dimension of its own, bytes of an element) -> Config. A fixed
+# table rather than a search at run time: the same program on every run and every rank. Each row was chosen
+# by compiling candidates and counting registers, spills, shared memory and instructions (docs/kernels.md).
+# sm_80 also stands for 86 and 89, which have less shared memory; sm_90 has asynchronous matrix instructions
+# and sm_100 a memory for their results, so theirs are larger.
 WIDE_HOPPER = Config(Tiles(128, 64, 8, 3, True), Tiles(64, 128, 8, 2, True), Tiles(128, 64, 8, 2, True))
 NARROW_HOPPER = Config(Tiles(128, 128, 8, 3, True), Tiles(64, 128, 8, 2, True), Tiles(128, 64, 8, 2, True))
 EXACT = Config(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1))  # float32: no tensor cores
@@ -388,6 +388,8 @@ PLAIN = Config(Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1))
 CONFIGS: dict[tuple[str, int, int], Config] = {
     ("sm_80", 64, 2): Config(Tiles(128, 64, 8, 3), Tiles(32, 128, 8, 2), Tiles(128, 64, 8, 2)),
     ("sm_80", 128, 2): Config(Tiles(128, 32, 8, 3), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 2)),
+    # SigLIP's heads: with columns to mask, the row above spills on sm_89.
+    ("sm_80", 72, 2): Config(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 2)),
     ("sm_90", 64, 2): NARROW_HOPPER,
     ("sm_90", 128, 2): WIDE_HOPPER,
     ("sm_100", 64, 2): NARROW_HOPPER,
@@ -415,7 +417,8 @@ def architecture() -> str:
 
 def config_for(q: Tensor) -> Config:
     """The tiles for these inputs: a matter of device, head dimension and precision."""
-    return CONFIGS[architecture(), 64 if q.shape[-1] <= 64 else 128, q.element_size()]
+    name, head_dim, size = architecture(), q.shape[-1], q.element_size()
+    return CONFIGS.get((name, head_dim, size)) or CONFIGS[name, 64 if head_dim <= 64 else 128, size]
 
 
 def _width(head_dim: int) -> int:
