@@ -121,7 +121,7 @@ DEAR = [
     ["aten", "_scaled_dot_product_flash_attention"],
     ["aten", "_scaled_dot_product_efficient_attention"],
     ["aten", "_scaled_dot_product_cudnn_attention"],
-    ["nanomoxin", "attention_forward"],
+    ["nanomoxin", "flash_forward"],
 ]
 
 RECOMPUTE = {
