@@ -3,6 +3,7 @@
     python chat.py                                        the model of the newest run, as a conversation
     python chat.py --model FOLDER_OR_HUB_ID --prompt "What is a prime?"     one answer
     python chat.py --model FOLDER_OR_HUB_ID --raw --prompt "Once upon a"    text continued, no chat format
+    python chat.py --model FOLDER --quality best --contrast 0.5             with a model of quality tags
 
     python chat.py --model FOLDER --image cat.png --prompt "What is it?"    about pictures, with a model that
     sees python chat.py --model FOLDER --tools calculator,search                 with tools, for the moss
@@ -21,6 +22,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -63,6 +65,8 @@ class Config:
     top_k: int = 0  # sample from this many most probable tokens; 0 = all
     min_p: float = 0.0  # sample from tokens at least this fraction as probable as the best; 0 = all
     repetition_penalty: float = 1.0  # lowers the logits of tokens seen before; 1 = none
+    quality: Literal["", "best", "worst", "0", "1", "2", "3", "4"] = ""  # ask for answers of this level
+    contrast: float = 0.0  # with --quality best: lead away from the worst, logits + this x (best - worst)
     seed: int = 0  # seeds the sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, float32 on cpu
@@ -72,8 +76,13 @@ class Config:
 class Conversation:
     """Messages, and the same as token ids in the model's chat format."""
 
-    def __init__(self, tokenizer: Tokenizer, system: str = "", eyes: "Eyes | None" = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, system: str = "", eyes: "Eyes | None" = None, quality: str = ""
+    ) -> None:
         self.tokenizer, self.eyes = tokenizer, eyes
+        # What stands for an answer that is still to come, with the level of quality asked for (MOSS's tags).
+        level = {"": None, "best": 4, "worst": 0}.get(quality, quality)
+        self.asked: Message = {"role": "assistant"} | ({} if level is None else {"quality": level})
         self.features: Tensor | None = None  # [pictures, patches, dim] of all pictures so far
         self.new_pictures = 0  # of those that the next message will speak of
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
@@ -100,11 +109,17 @@ class Conversation:
         """Tokens of what the last message adds to the conversation."""
         template = self.tokenizer.chat_template
         if template is None or "<|user|>" in template:
-            whole = render(self.messages, self.tokenizer, "tulu", add_generation_prompt=True)
+            whole = render([*self.messages, self.asked], self.tokenizer, "tulu")
             last = max(whole.turns)
             pairs = zip(whole.ids, whole.turns, strict=True)
             return [token for token, turn in pairs if turn == last or not self.ids]
+        require("quality" not in self.asked, "--quality: this model was not trained with tags of quality")
         return foreign_ids(self.messages, self.tokenizer, continued=bool(self.ids))
+
+    def avoided(self) -> list[int]:
+        """The conversation so far with the worst answers asked for where it asks for the best."""
+        best, worst = (self.tokenizer.special_tokens.get(f"<quality_{level}>") for level in (4, 0))
+        return [worst if token == best else token for token in self.ids]
 
     def add_answer(self, text: str, completion: Completion) -> None:
         """Append the model's answer; one that was cut off is ended as the format ends answers."""
@@ -148,13 +163,13 @@ class MossConversation(Conversation):
 
     def __init__(self, tokenizer: Tokenizer, system: str, config: Config, eyes: Eyes | None) -> None:
         enabled = tools.tool_names(config.tools)
-        super().__init__(tokenizer, system or tools.meta_instruction(enabled), eyes)
+        super().__init__(tokenizer, system or tools.meta_instruction(enabled), eyes, config.quality)
         self.config = config
         self.index = tools.load_index(config.documents) if "Search" in enabled else None
 
     def new_ids(self) -> list[int]:
         """The last message's tokens, up to where the model thinks or, with no tool on, answers."""
-        self.turn = {"role": "assistant"}
+        self.turn = dict(self.asked)
         thinks = bool(tools_on(self.messages))
         whole = self.last_turn(thinks)
         pairs = zip(whole.ids, whole.turns, strict=True)
@@ -172,7 +187,7 @@ class MossConversation(Conversation):
         enabled = tools_on(self.messages)
         if not enabled:
             return
-        stop = replace(sampling, stop_ids=end_ids(self.tokenizer, "<eoc>", "<eom>"))
+        stop = replace(sampling, stop_ids=end_ids(self.tokenizer, "<eoc>", "<eom>"), contrast=0.0)
         config = self.config
         *_, (_, made) = stream(
             model, self.ids, self.tokenizer, stop, config.max_new_tokens, config.seed, self.features
@@ -211,7 +226,7 @@ def open_conversation(
         return MossConversation(tokenizer, system, config, eyes)
     require(not config.tools, "--tools: this model was not trained in the moss format, the one with tools")
     is_pure = eyes is not None and eyes.settings["chat_format"] == "pure"
-    return (PureConversation if is_pure else Conversation)(tokenizer, system, eyes)
+    return (PureConversation if is_pure else Conversation)(tokenizer, system, eyes, config.quality)
 
 
 def reply(
@@ -221,7 +236,8 @@ def reply(
     conversation.add_user(text)
     if isinstance(conversation, MossConversation):
         conversation.use_tools(model, sampling)
-    written = answer(model, conversation.ids, conversation.tokenizer, sampling, config, conversation.features)
+    tokenizer, avoided = conversation.tokenizer, conversation.avoided() if sampling.contrast else []
+    written = answer(model, conversation.ids, tokenizer, sampling, config, conversation.features, avoided)
     conversation.add_answer(*written)
 
 
@@ -316,6 +332,7 @@ def load(config: Config) -> tuple[Transformer, Tokenizer, Sampling]:
         config.min_p,
         config.repetition_penalty,
         tuple(stop_ids),
+        contrast=config.contrast,
     )
     return model, tokenizer, sampling
 
@@ -327,11 +344,12 @@ def answer(
     sampling: Sampling,
     config: Config,
     features: Tensor | None = None,
+    avoided: Sequence[int] = (),
 ) -> tuple[str, Completion]:
     """Print an answer as it comes. Ctrl-C ends it where it is."""
     text, completion = "", Completion()
     try:
-        made = stream(model, ids, tokenizer, sampling, config.max_new_tokens, config.seed, features)
+        made = stream(model, ids, tokenizer, sampling, config.max_new_tokens, config.seed, features, avoided)
         for piece, so_far in made:
             text, completion = text + piece, so_far
             print(piece, end="", flush=True)
@@ -395,6 +413,7 @@ def save(messages: list[Message], path: str) -> None:
 def main() -> None:
     config = parse(Config, {"default": {}}, about=__doc__)
     require(not config.raw or bool(config.prompt), "--raw needs --prompt, the text to continue")
+    require(config.quality == "best" or not config.contrast, "--contrast needs --quality best")
     model, tokenizer, sampling = load(config)
     if config.raw:
         print(config.prompt, end="")

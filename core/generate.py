@@ -47,6 +47,7 @@ class Sampling:
     repetition_penalty: float = 1.0  # lowers the logits of tokens seen (Keskar et al. 2019); 1 = none
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    contrast: float = 0.0  # go on from two prompts at once: logits + contrast x (logits - avoided logits)
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
@@ -55,6 +56,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "at least 0"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("contrast", self.contrast >= 0, "at least 0"),
         ):
             if not valid:
                 raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
@@ -170,10 +172,16 @@ class Batch:
             self.limit = min(self.limit, config.max_seq_len)
         self.capacity = min(self.limit, config.sliding_window or self.limit)
         self.vocab_size = min(config.vocab_size, tokenizer.vocab_size) if tokenizer else config.vocab_size
-        self.queue = deque((p, s) for p in range(len(prompts)) for s in range(num_samples))
+        # With a contrast, prompts 2i and 2i + 1 share an answer: their slots stand side by side throughout.
+        self.sides = 2 if sampling.contrast else 1
+        starts = range(0, len(prompts), self.sides)
+        sides = range(self.sides)
+        self.queue = deque((p + side, s) for p in starts for s in range(num_samples) for side in sides)
+        first: dict[tuple, int] = {}  # a prompt given several times is read once
+        self.same = [first.setdefault((*prompt, features and p), p) for p, prompt in enumerate(prompts)]
         self.prefilled: dict[int, tuple[Prefill, int, Tensor]] = {}  # prompt -> where, row, last logits [V]
         self.decoder: Decoder | None = None
-        n = min(max_batch, len(self.queue))
+        n = min(max(1, max_batch // self.sides) * self.sides, len(self.queue))
         self.slots: list[Slot | None] = [None] * n
         self.refill = max(1, n // 8)  # free slots worth a prefill
         self.tokens, self.positions, self.steps = torch.zeros(3, n, dtype=torch.long, device=self.device)
@@ -207,22 +215,23 @@ class Batch:
     def admit(self, free: list[int]) -> Iterator[Slot]:
         """Give the free rows to the next samples in the queue and draw their first tokens."""
         new = [self.queue.popleft() for _ in free[: len(self.queue)]]
-        self.prefill(sorted({p for p, _ in new} - self.prefilled.keys(), key=lambda p: len(self.prompts[p])))
+        missing = {self.same[p] for p, _ in new} - self.prefilled.keys()
+        self.prefill(sorted(missing, key=lambda p: len(self.prompts[p])))
         rows = free[: len(new)]
         for row, (p, s) in zip(rows, new, strict=True):
-            prefill, line, _ = self.prefilled[p]
+            prefill, line, _ = self.prefilled[self.same[p]]
             length = len(self.prompts[p])
             self.slots[row] = Slot(p, s, length, min(length + self.max_new_tokens, self.limit))
             self.decoder.cache.insert(row, prefill, line, length)
             self.positions[row], self.steps[row] = length, 0
-            self.uniforms[row] = uniforms(self.seed, p, s, self.uniforms.shape[1])
+            self.uniforms[row] = uniforms(self.seed, p // self.sides, s, self.uniforms.shape[1])
             if self.seen is not None:
                 self.seen[row] = False
                 words = [token for token in self.prompts[p] if token != PATCH]
                 self.seen[row, torch.tensor(words, device=self.device)] = True
-        logits = torch.stack([self.prefilled[p][2] for p, _ in new])
+        logits = torch.stack([self.prefilled[self.same[p]][2] for p, _ in new])
         tokens, logprobs = self.draw(logits, torch.tensor(rows, device=self.device))
-        waiting = {p for p, _ in self.queue}
+        waiting = {self.same[p] for p, _ in self.queue}
         self.prefilled = {p: entry for p, entry in self.prefilled.items() if p in waiting}
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             yield self.record(row, token, logprob)
@@ -261,6 +270,9 @@ class Batch:
     def draw(self, logits: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Sample the rows' next tokens from logits [n, V]; returns them and their log-probabilities."""
         seen = None if self.seen is None else self.seen[rows]
+        if self.sampling.contrast:
+            asked, avoided = logits.float().unflatten(0, (-1, 2)).unbind(1)
+            logits = (asked + self.sampling.contrast * (asked - avoided)).repeat_interleave(2, dim=0)
         logprobs = distribution(logits[:, : self.vocab_size], self.sampling, seen)
         if self.sampling.temperature > 0:
             step = self.steps[rows, None].clamp(max=self.uniforms.shape[1] - 1)  # an idle row's goes on
@@ -323,23 +335,28 @@ def generate(
     tokenizer: Any = None,
     features: Sequence[Tensor | None] | None = None,
     cuda_graph: bool = False,
+    avoided: Sequence[Sequence[int]] = (),
+    contrast: float = 0.0,
 ) -> list[list[Completion]]:
     """Sample `num_samples` completions of each prompt (a list of token ids); result[prompt][sample].
 
     At most `max_batch` are worked on at a time. `tokenizer` is needed for stop strings; with it, ids that it
     does not have (padding rows of the vocabulary) are never drawn. A VLM's prompts may hold PATCH; `features`
     then gives each prompt's pictures as the tower saw them, [pictures, patches, dim], or None. `cuda_graph`
-    replays each step as one launch, worth its recording in long runs; it does nothing on a CPU. Raises
-    UserError for prompts that do not fit.
+    replays each step as one launch, worth its recording in long runs; it does nothing on a CPU. With a
+    `contrast`, each prompt is led away from its equally long counterpart in `avoided`: logits + contrast x
+    (logits - avoided logits). Raises UserError for prompts that do not fit.
     """
     sampling = Sampling(
-        temperature, top_p, top_k, min_p, repetition_penalty, tuple(stop_ids), tuple(stop_strings)
+        temperature, top_p, top_k, min_p, repetition_penalty, tuple(stop_ids), tuple(stop_strings), contrast
     )
     done: list[list[Completion]] = [[Completion(finish_reason="length")] * num_samples for _ in prompts]
     if not prompts or max_new_tokens < 1:
         return done
     if stop_strings and tokenizer is None:
         raise UserError("stop_strings need the tokenizer")
+    if contrast:
+        prompts = interleave(prompts, avoided)
     batch = Batch(
         model,
         prompts,
@@ -353,8 +370,15 @@ def generate(
         cuda_graph,
     )
     for slot in batch.run():
-        done[slot.prompt][slot.sample] = slot.completion
+        done[slot.prompt // batch.sides][slot.sample] = slot.completion  # both sides draw the same tokens
     return done
+
+
+def interleave(asked: Sequence[Sequence[int]], avoided: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """a0 b0 a1 b1 ... Raises UserError for prompts that cannot share an answer's positions."""
+    if [len(prompt) for prompt in asked] != [len(prompt) for prompt in avoided]:
+        raise UserError("contrast: each prompt needs one to avoid, of the same number of tokens")
+    return [prompt for pair in zip(asked, avoided, strict=True) for prompt in pair]
 
 
 def stream(
@@ -365,6 +389,7 @@ def stream(
     max_new_tokens: int = 256,
     seed: int = 0,
     features: Tensor | None = None,
+    avoided: Sequence[int] = (),
 ) -> Iterator[tuple[str, Completion]]:
     """One completion as it comes: its new text, and the completion so far (one object, which grows).
 
@@ -373,10 +398,14 @@ def stream(
     """
     special, stops = set(tokenizer.special_tokens.values()), sampling.stop_strings
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    batch = Batch(model, [prompt], sampling, max_new_tokens, 1, seed, 1, tokenizer, [features])
+    prompts = interleave([prompt], [avoided]) if sampling.contrast else [prompt]
+    pictures = [features] * len(prompts)
+    batch = Batch(model, prompts, sampling, max_new_tokens, 1, seed, len(prompts), tokenizer, pictures)
     batch.stride = 1  # every token as soon as it is there
     held = ""
     for slot in batch.run():
+        if slot.prompt:  # the avoided side's copy of the token
+            continue
         token, last = slot.completion.tokens[-1], bool(slot.completion.finish_reason)
         held += decoder.decode(b"" if token in special else tokenizer.decode_bytes([token]), final=last)
         ready = min([held.find(stop) for stop in stops if stop in held], default=len(held))
