@@ -1,10 +1,11 @@
-"""Small bilingual texts made by rule: arithmetic, dates, units, everyday dialogues, in English and in
-Chinese.
+"""Small bilingual texts made by rule: arithmetic, dates, units, everyday dialogues, things to repeat, in
+English and in Chinese.
 
 They stand in for a Chinese corpus where none is installed and give a tiny model something it can master:
-later stages ask it for exactly such answers. Every text is about one subject (a number, a day, a length, a
-person's errand), and subjects, not lines, are held out for validation, so what is validated was never said
-in training. Installed Chinese message catalogues (gettext), where the system has some, are added as
+later stages ask it for exactly such answers. Half of them ask for nothing but copying, since whoever calls a
+tool must first be able to repeat a number or a name that they were told. Every text is about one subject (a
+number, a day, a length, a person's errand), and subjects, not lines, are held out for validation, so what is
+validated was never said in training. Installed Chinese message catalogues (gettext), where the system has some, are added as
 bilingual word lists.
 """
 
@@ -205,10 +206,56 @@ def dialogue(number: int, chinese: bool, rng: random.Random) -> str:
     return "\n".join(f"{names[turn % 2]}{colon}{words}" for turn, words in enumerate(said))
 
 
+EN_SYLLABLES = "ar bel cor dun el fal gar hol il kar lor mar nor os pel den mont via sea ton ra wick la".split()
+ZH_SYLLABLES = "青白金云石松桃龙凤海山银紫秋河湾岭镇桥城溪谷洲红黄蓝绿大小猫狗船车灯杯包星月风雨"
+
+
+def made_up(chinese: bool, rng: random.Random) -> str:
+    """A number or a name that cannot be known, only copied."""
+    if rng.random() < 0.6:
+        return str(rng.randrange(10 ** rng.randint(1, 4)))
+    if chinese:
+        return "".join(rng.choices(ZH_SYLLABLES, k=rng.randint(2, 3)))
+    return "".join(rng.choices(EN_SYLLABLES, k=rng.randint(2, 3))).capitalize()
+
+
+def recall(number: int, chinese: bool, rng: random.Random) -> str:
+    """Names and numbers, told and said again: repeated, looked up, written another way."""
+    people = rng.sample(sorted(PEOPLE), rng.randint(2, 4))
+    if chinese:
+        people = [PEOPLE[person] for person in people]
+    known = {person: made_up(chinese, rng) for person in people}
+    known[people[0]] = str(number)
+    lines = [f"{person}：{value}" if chinese else f"{person}: {value}" for person, value in known.items()]
+    for _ in range(rng.randint(4, 9)):
+        person, value = rng.choice(list(known.items()))
+        a, b, new = rng.randrange(1000), rng.randrange(1000), made_up(chinese, rng)
+        sign, english, mandarin = rng.choice((("+", "plus", "加"), ("-", "minus", "减"), ("*", "times", "乘以")))
+        lines.append(
+            rng.choice(
+                (
+                    f"{person}？{value}",
+                    f"重复“{new}”：“{new}”",
+                    f"{new}，{value}：{new}，{value}",
+                    f"{a}{mandarin}{b}：{a}{sign}{b}",
+                )
+                if chinese
+                else (
+                    f"{person}? {value}",
+                    f'Repeat "{new}": "{new}"',
+                    f"{new}, {value}: {new}, {value}",
+                    f"{a} {english} {b}: {a}{sign}{b}",
+                )
+            )
+        )
+    return "\n".join(lines)
+
+
 def drills() -> Iterator[tuple[str, str]]:
     """(subject, text) pairs in a fixed shuffled order, the same on every machine.
 
-    Arithmetic comes twice, about a large and about a small number, since small ones are what is met most.
+    Arithmetic comes twice, about a large and about a small number, since small ones are what is met most;
+    recall five times, since nothing else teaches to copy and later stages need it in every answer.
     """
     order = list(range(SUBJECTS))
     random.Random(0).shuffle(order)
@@ -220,6 +267,7 @@ def drills() -> Iterator[tuple[str, str]]:
             (calendar, number),
             (conversion, 1 + number),
             (dialogue, number),
+            *((recall, 5 * number + again) for again in range(5)),
         )
         for make, what in about:
             name = f"{make.__name__} {what}"
