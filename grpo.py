@@ -15,55 +15,52 @@ clipping never acts; a loss near 0 is then normal, and reward and gradient norm 
 
     python grpo.py                                    sorting digits: a tiny model learns to, on a laptop
     python grpo.py --data countdown                   the numbers game
-    python grpo.py --init_from runs/sft/model --data gsm8k.train.jsonl --chat_format tulu
+    python grpo.py --init_from runs/sft/model --data gsm8k.train.jsonl --suffix '' --max_new_tokens 512
 """
 
-import json
 import random
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from core import tools
-from core.checkpoint import load_weights, read_config, save_pretrained
-from core.config import RunConfig, UserError, parse, require, run_main
+from core import rollouts, tools
+from core.checkpoint import load_weights, read_config, resolve_folder, save_pretrained
+from core.config import UserError, parse, require, run_main
 from core.estimate import print_estimate
 from core.generate import generate
-from core.optimizer import make_adamw, set_learning_rate, take_step
-from core.parallel import clip_grad_norm, new_model, unsharded
+from core.optimizer import make_adamw, take_step
+from core.parallel import new_model, unsharded
 from core.resume import Checkpointer
 from core.rewards import REWARDS
-from core.rollouts import IGNORE, Clock, Episode, Statistics, deal, describe, gather, make_micro, pass_at_k
-from core.run import Run, SpikeGuard, due, peak_memory_bytes
-from data.chat import chat_template, render
+from core.rollouts import IGNORE, Clock, Episode, Statistics
+from core.run import Run, SpikeGuard, due
+from data.chat import after_commands, render
+from data.demonstrations import Pupil, small_shape, teach
 from data.problems import Problem, Problems
-from data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
-from model import Config as Shape
+from data.readers import Message
+from data.replies import end_ids, read_commands
+from data.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer, num_parameters
 
 
 @dataclass(kw_only=True)
-class Config(RunConfig):
+class Config(Pupil):
     data: tuple[str, ...] = ("sorting",)  # tasks of data/problems.py or files, each with an optional :weight
     skip_bad: bool = False  # leave unreadable records of a file out instead of stopping
-    chat_format: Literal["tulu", "moss"] = "tulu"  # moss has a place for tool calls
     system: str = ""  # system message; empty = none, or with --tools MOSS's meta-instruction
     suffix: str = ""  # put behind every problem
-    tools: tuple[
-        str, ...
-    ] = ()  # calculator, search, ... run between command and answer; needs the moss format
+    tools: tuple[str, ...] = ()  # calculator, search ...: run between commands and answer; moss format only
     boxed_only: bool = False  # an answer outside \\boxed{} earns nothing
     # Rolling out
     steps: int = 60  # rollouts, each followed by its updates
     prompts: int = 32  # problems in a rollout, over all processes
     num_samples: int = 8  # completions of each problem: the group
     max_new_tokens: int = 16  # longest completion
-    curriculum: tuple[
-        str, ...
-    ] = ()  # STEPS@MAX_NEW_TOKENS[@NUM_SAMPLES], one after the other; empty = no change
+    curriculum: tuple[str, ...] = ()  # STEPS@MAX_NEW_TOKENS[@NUM_SAMPLES] ..., one after the other
     temperature: float = 1.0  # of sampler and trainer alike
     max_batch: int = 256  # completions sampled at a time on one process
     resample_rounds: int = 0  # rollouts more, at most, to replace groups with nothing to learn (DAPO: 10)
@@ -90,33 +87,21 @@ class Config(RunConfig):
     # Watching
     eval_problems: int = 200  # held-out problems
     eval_samples: int = 8  # completions of each for pass@1 and pass@k
-    # Where there is no --init_from: a small model taught by demonstrations first
-    warm_steps: int = 400  # optimizer steps of supervised learning
-    warm_batch: int = 64  # demonstrations in a step
-    warm_lr: float = 3e-3  # falls linearly to 0
-    layers: int = 3
-    dim: int = 96
-    heads: int = 4
-    vocab_size: int = 330
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.temperature > 0,
-            "--temperature must be above 0: greedy completions of a problem are all equal",
-        )
-        require(
-            self.num_samples > 1, "--num_samples must be at least 2: a completion is compared with its group"
-        )
+        require(self.temperature > 0, "--temperature must be above 0: greedy completions are all equal")
+        require(self.num_samples > 1, "--num_samples must be at least 2: a group is compared with itself")
         require(not self.tools or self.chat_format == "moss", "--tools need --chat_format moss")
-        rollout = self.prompts * self.num_samples
-        require(
-            rollout % self.batch_size == 0, f"--batch_size must divide the rollout of {rollout} completions"
-        )
-        require(
-            not self.dual_clip or self.dual_clip > 1 + self.clip_high,
-            "--dual_clip must exceed 1 + --clip_high",
-        )
+        parts, rest = divmod(self.prompts * self.num_samples, self.batch_size)
+        require(parts > 0 and rest == 0, "--batch_size must divide --prompts x --num_samples")
+        bounded = not self.dual_clip or self.dual_clip > 1 + self.clip_high
+        require(bounded, "--dual_clip must exceed 1 + --clip_high")
+
+    @property
+    def opening(self) -> str:
+        """The system message."""
+        return self.system or (tools.meta_instruction(tools.tool_names(self.tools)) if self.tools else "")
 
     @property
     def several_updates(self) -> bool:
@@ -124,55 +109,32 @@ class Config(RunConfig):
         return self.epochs > 1 or self.prompts * self.num_samples > self.batch_size
 
 
+# fmt: off
 # DeepScaleR's and Moxin's prompts end in this sentence.
 BOXED = " Let's think step by step and output the final answer within \\boxed{}."
+DEEPSCALER = "hub/agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json"
+# Moxin's script. The paper leaves the number of steps open: ours is one pass over 40,000 problems. Its
+# trainer averaged over the tokens of each micro-batch, which weighs them unevenly; dapo is what it meant.
 MOXIN: dict[str, Any] = dict(
-    suffix=BOXED,
-    boxed_only=True,
-    warm_steps=0,
-    prompts=64,
-    num_samples=8,
-    batch_size=512,
-    max_new_tokens=16_384,
-    seq_len=17_408,
-    micro_batch_size=2,
-    temperature=0.6,
-    max_batch=128,
-    lr=1e-6,
-    min_lr=1e-6,
-    schedule="constant",
-    weight_decay=0.01,
-    std_eps=1e-6,
-    kl_coef=0.001,
-    kl_gradient="forward",
-    entropy_coef=0.001,
-    keep_zero_variance=True,
-    aggregation="dapo",
-    checkpointing="full",
-    compile=True,
-    log_every=1,
-    eval_every=20,
-    save_every=20,
+    data=(DEEPSCALER,), suffix=BOXED, boxed_only=True, steps=630, prompts=64, num_samples=8, batch_size=512,
+    max_new_tokens=16_384, seq_len=17_408, micro_batch_size=2, max_batch=128, temperature=0.6, std_eps=1e-6,
+    lr=1e-6, min_lr=1e-6, schedule="constant", weight_decay=0.01, kl_coef=0.001, entropy_coef=0.001,
+    keep_zero_variance=True, checkpointing="full", compile=True, log_every=1, eval_every=20, save_every=20,
     eval_problems=500,
 )
-DEEPSCALER = "hub/agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json"
-# fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours, for one thread of a laptop.
     "tiny": dict(lr=4e-4, warmup_steps=5, schedule="linear", weight_decay=0.0, seq_len=64,
-        micro_batch_size=256, temperature=0.6, batch_size=128,
-        warm_steps=75, log_every=5, eval_every=20, save_every=20),
+        micro_batch_size=256, batch_size=128, warm_steps=75, log_every=5, eval_every=20, save_every=20),
     # Ours, for one GPU: a model of some 11 M parameters, taught and trained in minutes.
     "small": dict(data=("countdown", "steps"), dim=384, layers=6, heads=6, warm_steps=2000, warm_batch=256,
         warm_lr=1e-3, lr=1e-4, warmup_steps=10, schedule="linear", weight_decay=0.0, prompts=128,
         num_samples=16, batch_size=2048, max_new_tokens=96, seq_len=160, micro_batch_size=1024,
         max_batch=2048, steps=200, log_every=5, eval_every=50, save_every=50),
-    # Moxin's script. The paper leaves the number of steps open: ours is one pass over 40,000 problems. Its
-    # trainer averaged over tokens of each micro-batch, which weighs tokens unevenly; dapo is what it meant.
-    "moxin-7b": {**MOXIN, **dict(data=(DEEPSCALER,), steps=630)},
+    "moxin-7b": MOXIN,
     # DeepScaleR's context curriculum, where Moxin's script comes from: 128 problems, two updates a rollout.
-    "deepscaler": {**MOXIN, **dict(data=(DEEPSCALER,), prompts=128, steps=1750, seq_len=25_600,
-        micro_batch_size=1, curriculum=("1040@8192", "480@16384", "230@24576@16"))},
+    "deepscaler": {**MOXIN, **dict(prompts=128, steps=1750, seq_len=25_600, micro_batch_size=1,
+        curriculum=("1040@8192", "480@16384", "230@24576@16"))},
 }
 # fmt: on
 
@@ -180,76 +142,48 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Rolling out
 
 
-def conversation(problem: Problem, config: Config) -> list[dict[str, Any]]:
-    """The messages before the model's answer."""
-    system = config.system
-    if config.tools and not system:
-        system = tools.meta_instruction(tools.tool_names(config.tools))
-    opening = [{"role": "system", "content": system}] if system else []
-    return [*opening, {"role": "user", "content": problem.prompt + config.suffix}]
-
-
 def roll_out(
-    model: Transformer,
-    problems: list[Problem],
-    tokenizer: Tokenizer,
-    config: Config,
-    seed: int,
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float,
-) -> list[Episode]:
-    """Sample `num_samples` completions of each problem, with the tools they call. Groups stand together."""
-    talks = [conversation(problem, config) for problem in problems]
+    model: Transformer, problems: list[Problem], tokenizer: Tokenizer, config: Config, seed: int, limit: int,
+    num_samples: int, temperature: float,
+) -> list[Episode]:  # fmt: skip
+    """Sample `num_samples` completions of up to `limit` tokens of each problem; groups stand together.
+
+    In the moss format a completion has two parts, each up to the limit, and tools run in between.
+    """
+    talks = [problem.conversation(config.opening, config.suffix) for problem in problems]
     prompts = [render(t, tokenizer, config.chat_format, add_generation_prompt=True).ids for t in talks]
-    special = tokenizer.special_tokens
-    stops = (tokenizer.eos_id,) if config.chat_format == "tulu" else (special["<eoc>"], special["<eom>"])
+    moss = config.chat_format == "moss"
+    stops = end_ids(tokenizer, "<eoc>", "<eom>") if moss else (tokenizer.eos_id,)
     sampling = dict(temperature=temperature, stop_ids=stops, max_batch=config.max_batch)
     with unsharded(model):
-        sampled = generate(model, prompts, max_new_tokens, num_samples, seed=seed, **sampling)
+        sampled = generate(model, prompts, limit, num_samples, seed=seed, **sampling)
         episodes = [
-            Episode(
-                group, prompts[group], c.tokens, [True] * len(c.tokens), c.logprobs, c.finish_reason == "stop"
-            )
+            Episode(group, prompts[group]).add(completion, tokenizer)
             for group, completions in enumerate(sampled)
-            for c in completions
+            for completion in completions
         ]
-        if config.chat_format == "tulu":
-            for episode in episodes:
-                episode.text = tokenizer.decode(episode.tokens[: -1 if episode.finished else None])
-        else:
-            answers = [use_tools(episode, talks[episode.group], tokenizer, config) for episode in episodes]
-            asked = [episode for episode, answers_now in zip(episodes, answers, strict=True) if answers_now]
+        if moss:
+            asked = [e for e in episodes if use_tools(e, talks[e.group], tokenizer, config)]
             inputs = [episode.prompt + episode.tokens for episode in asked]
-            sampled = generate(model, inputs, max_new_tokens, seed=seed + 1, **sampling)
-            for episode, (answer,) in zip(asked, sampled, strict=True):
-                episode.tokens = episode.tokens + answer.tokens
-                episode.own = episode.own + [True] * len(answer.tokens)
-                episode.logprobs = episode.logprobs + answer.logprobs
-                episode.finished = answer.tokens[-1] == special["<eom>"]
-                episode.text = tokenizer.decode(answer.tokens[: -1 if episode.finished else None])
+            answers = generate(model, inputs, limit, seed=seed + 1, **sampling)
+            for episode, (answer,) in zip(asked, answers, strict=True):
+                episode.add(answer, tokenizer)
     return episodes
 
 
-def use_tools(episode: Episode, talk: list[dict], tokenizer: Tokenizer, config: Config) -> bool:
-    """Run the commands an episode ends with and append the results, up to the header of its answer.
+def use_tools(episode: Episode, talk: list[Message], tokenizer: Tokenizer, config: Config) -> bool:
+    """Run the commands an episode ends in and append their results, which are never in the loss.
 
-    The appended tokens are those of the renderer; the model's own are kept as it sampled them. False if the
-    episode does not end in commands: then it never gets to answer.
+    False if it does not end in commands: then it never gets to answer.
     """
-    end = tokenizer.special_tokens["<eoc>"]
-    episode.finished = False
-    if episode.tokens[-1] != end:
+    episode.text, episode.finished = "", False
+    written = read_commands(episode.tokens, tokenizer)
+    if written is None:
         return False
-    thoughts, _, commands = tokenizer.decode(episode.tokens[:-1]).rpartition("<|Commands|>:")
-    outcome = tools.run_commands(commands, tools.tool_names(config.tools))
+    outcome = tools.run_commands(written[1], tools.tool_names(config.tools))
     episode.calls, episode.failures = outcome.calls, outcome.failures
-    turn = {"role": "assistant", "thoughts": thoughts, "commands": commands, "results": outcome.text}
-    whole = render([*talk, turn], tokenizer, "moss").ids
-    added = whole[len(whole) - whole[::-1].index(end) :]
-    episode.tokens = episode.tokens + added
-    episode.own = episode.own + [False] * len(added)
-    episode.logprobs = episode.logprobs + [0.0] * len(added)
+    meta = talk[0]["content"] if talk[0]["role"] == "system" else ""
+    episode.add_given(after_commands({"results": outcome.text}, meta, tokenizer))
     return True
 
 
@@ -267,7 +201,8 @@ def judge(episodes: list[Episode], problems: list[Problem], config: Config, limi
             over = len(episode.tokens) - (limit - config.overlong_tokens)
             episode.reward -= min(max(over / config.overlong_tokens, 0.0), 1.0)
 
-    # Advantages
+
+# Advantages
 
 
 def advantages_of(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-4) -> Tensor:
@@ -306,15 +241,9 @@ def weight_of(episode: Episode, config: Config, sequences: int, tokens: int, lim
 
 
 def policy_loss(
-    logprobs: Tensor,
-    old: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    mask: Tensor,
-    config: Config,
-    reference: Tensor | None = None,
-    entropy: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    logprobs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor, mask: Tensor, config: Config,
+    reference: Tensor | None = None, entropy: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, and the ratio [n, T] (or [n, 1] for sequences). Inputs [n, T], advantages [n, 1].
 
     KL(policy || reference) enters through an estimate made from the sampled tokens, d = log reference - log
@@ -351,30 +280,10 @@ def policy_loss(
 # Updating
 
 
-@torch.no_grad()
-def score(model: Transformer, episodes: list[Episode], config: Config, run: Run) -> list[list[float]]:
-    """Log-probabilities of each episode's completion under a model, on every process."""
-    found: dict[int, list[float]] = {}
-    numbers = {id(episode): number for number, episode in enumerate(episodes)}
-    for share in deal(episodes, config.micro_batch_size * config.seq_len, run):
-        micro = make_micro(share or episodes[:1], [0.0] * max(1, len(share)), run.device)
-        logprobs, _ = model.logprobs(micro.tokens, micro.targets, temperature=config.temperature)
-        for row, episode in enumerate(share):
-            start = len(episode.prompt) - 1
-            found[numbers[id(episode)]] = logprobs[row, start : start + len(episode.tokens)].tolist()
-    return [logprobs for _, logprobs in sorted(gather(list(found.items()), run))]
-
-
 def update(
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    guard: SpikeGuard,
-    episodes: list[Episode],
-    config: Config,
-    run: Run,
-    step: int,
-    limit: int,
-) -> Statistics:
+    model: Transformer, optimizer: torch.optim.Optimizer, guard: SpikeGuard, episodes: list[Episode],
+    config: Config, run: Run, step: int, limit: int,
+) -> Statistics:  # fmt: skip
     """Learn from a rollout: `epochs` passes, in updates of batch_size completions."""
     statistics = Statistics(run.device, config.kl_coef > 0)
     parts = max(1, len(episodes) // config.batch_size)
@@ -400,7 +309,7 @@ def accumulate(
     tokens = max(1, sum(sum(episode.own) for episode in counted))
     live = [episode for episode in counted if episode.advantage or config.keep_zero_variance]
     total = torch.zeros((), device=run.device)
-    shares = deal(live or batch[:1], config.micro_batch_size * config.seq_len, run)
+    shares = rollouts.deal(live or batch[:1], config.micro_batch_size * config.seq_len, run)
     for share in shares:
         # With nothing to learn here, a forward of weight 0 keeps the processes' collectives in step.
         idle = not share or not live
@@ -409,19 +318,12 @@ def accumulate(
         if config.aggregation == "bnpo" and not idle:
             own = sum(sum(episode.own) for episode in chosen)
             weights = [1 / (own * len(shares) * run.world_size)] * len(chosen)
-        micro = make_micro(chosen, weights, run.device)
+        micro = rollouts.make_micro(chosen, weights, run.device)
         logprobs, entropy = model.logprobs(micro.tokens, micro.targets, temperature=config.temperature)
         old = micro.old if config.several_updates else logprobs.detach()
-        loss, ratio = policy_loss(
-            logprobs,
-            old,
-            micro.advantages,
-            micro.weights,
-            micro.targets != IGNORE,
-            config,
-            micro.reference if config.kl_coef else None,
-            entropy if config.entropy_coef else None,
-        )
+        mask, reference = micro.targets != IGNORE, micro.reference if config.kl_coef else None
+        inputs = logprobs, old, micro.advantages, micro.weights, mask, config, reference
+        loss, ratio = policy_loss(*inputs, entropy if config.entropy_coef else None)
         loss.backward()
         total += loss.detach()
         if share:
@@ -439,108 +341,23 @@ def evaluate(
     """Accuracy on held-out problems: greedy, pass@1 and pass@k by sampling. Prints a few completions."""
     share = problems[run.rank :: run.world_size]
     limit, k = config.max_new_tokens, config.eval_samples
-    sampled = roll_out(model, share, tokenizer, config, config.seed, k, limit, config.temperature)
-    greedy = roll_out(model, share, tokenizer, config, config.seed, 1, limit, 0.0)
+    sampled = roll_out(model, share, tokenizer, config, config.seed, limit, k, config.temperature)
+    greedy = roll_out(model, share, tokenizer, config, config.seed, limit, 1, 0.0)
     for episodes in (sampled, greedy):
         judge(episodes, share, config, limit)
-    right = [0] * len(share)
-    for episode in sampled:
-        right[episode.group] += episode.reward > 0
-    sums = run.sum(
-        len(share),
-        sum(pass_at_k(k, count, 1) for count in right),
-        sum(pass_at_k(k, count, k) for count in right),
-        sum(episode.reward > 0 for episode in greedy),
-        sum(len(episode.tokens) for episode in sampled) / k,
-    )
-    names = ("pass@1", f"pass@{k}", "greedy", "eval_length")
-    values = {name: value / sums[0] for name, value in zip(names, sums[1:], strict=True)}
-    run.say("held out: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
-    for episode in greedy[:2]:
-        asked = share[episode.group].prompt
-        run.say(f"  {asked!r} -> {tokenizer.decode(episode.tokens)!r}  reward {episode.reward:.0f}")
-    return values
-
-
-# The model at the start
-
-
-def make_tokenizer(problems: Problems, config: Config) -> Tokenizer:
-    """A small vocabulary for the conversations that the model made here will read and write."""
-    letters = train_tokenizer(["."], 256 + len(SPECIAL_TOKENS))
-    talks = [demonstration(problems.train(index), config) for index in range(500)]
-    texts = [letters.decode(render(talk, letters, config.chat_format).ids) for talk in talks]
-    tokenizer = train_tokenizer(texts, config.vocab_size)
-    tokenizer.chat_template = chat_template(tokenizer, config.chat_format)
-    return tokenizer
-
-
-def demonstration(problem: Problem, config: Config) -> list[dict[str, Any]]:
-    if not problem.demonstration:
-        raise UserError(
-            f"no solution to learn from for {problem.prompt[:60]!r}; give --init_from a model instead"
-        )
-    return [*conversation(problem, config), {"role": "assistant", **problem.demonstration}]
-
-
-def warm_start(config: Config, run: Run, problems: Problems) -> None:
-    """Teach a new model by demonstrations, -sum log p(answer token) / N, and save it as RUN/start."""
-    tokenizer = make_tokenizer(problems, config)
-    model = new_model(own_shape(config, tokenizer.vocab_size), run)
-    model.init_weights(config.seed)
-    optimizer = make_adamw(model, config.warm_lr, 0.0)
-    rows = run.rows(config.warm_batch)
-    for step in range(config.warm_steps):
-        first = step * config.warm_batch
-        talks = [demonstration(problems.train(first + row), config) for row in range(rows.start, rows.stop)]
-        rendered = [render(talk, tokenizer, config.chat_format) for talk in talks]
-        width = max(len(one.ids) for one in rendered) - 1
-        tokens, targets = (
-            torch.zeros(len(rendered), width, dtype=torch.long),
-            torch.full((len(rendered), width), IGNORE),
-        )
-        for row, one in enumerate(rendered):
-            ids = torch.tensor(one.ids)
-            tokens[row, : len(ids) - 1] = ids[:-1]
-            targets[row, : len(ids) - 1] = torch.where(torch.tensor(one.mask), ids, IGNORE)[1:]
-        (counted,) = run.sum((targets >= 0).sum())
-        loss, _ = model.loss(tokens.to(run.device), targets.to(run.device))
-        (loss / counted).backward()
-        clip_grad_norm(model, config.grad_clip)
-        set_learning_rate(optimizer, config.warm_lr * min((step + 1) / 20, 1 - step / config.warm_steps))
-        optimizer.step()
-        optimizer.zero_grad()
-        if due(100, step + 1):
-            nats = run.sum(loss.detach())[0] / counted
-            run.say(f"demonstrations: step {step + 1}/{config.warm_steps}, loss {nats:.3f}")
-    save_pretrained(model, run.folder / "start", tokenizer)
-
-
-def own_shape(config: Config, vocab_size: int) -> Shape:
-    """The shape of the model made here."""
-    return Shape(
-        vocab_size=vocab_size,
-        layers=config.layers,
-        dim=config.dim,
-        heads=config.heads,
-        kv_heads=config.heads,
-        head_dim=config.dim // config.heads,
-        ffn_dim=8 * config.dim // 3,
-        max_seq_len=max(256, config.seq_len),
-        tied=True,
-    )
-
-
-def load(folder: str, run: Run) -> Transformer:
-    """A model folder, shared among the processes."""
-    model = new_model(read_config(folder), run)
-    load_weights(model, folder)
-    # FSDP wants its first call through the root, and sampling enters by the layers. `unsharded` also frees
-    # the gathered weights again: left there, an optimizer would be given these instead of the shards.
-    with torch.no_grad(), unsharded(model):
-        first = torch.zeros(1, 2, dtype=torch.long, device=run.device)
-        model.logprobs(first, first)
-    return model
+    right = [sum(e.reward > 0 for e in sampled[start : start + k]) for start in range(0, len(sampled), k)]
+    sums = {
+        "pass@1": sum(rollouts.pass_at_k(k, count, 1) for count in right),
+        f"pass@{k}": sum(rollouts.pass_at_k(k, count, k) for count in right),
+        "greedy": sum(episode.reward > 0 for episode in greedy),
+        "eval_length": sum(len(episode.tokens) for episode in sampled) / k,
+    }
+    count, *values = run.sum(len(share), *sums.values())
+    found = {name: value / count for name, value in zip(sums, values, strict=True)}
+    run.say("held out: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+    for episode, problem in list(zip(greedy, share, strict=True))[:2]:
+        run.say(f"  {problem.prompt!r} -> {tokenizer.decode(episode.tokens)!r}  reward {episode.reward:.0f}")
+    return found
 
 
 # The run
@@ -560,10 +377,8 @@ def plan(config: Config) -> list[Stage]:
     stages, first = [], 0
     for text in config.curriculum or (f"{config.steps}@{config.max_new_tokens}",):
         numbers = text.split("@")
-        require(
-            len(numbers) in (2, 3) and all(map(str.isdecimal, numbers)),
-            f"--curriculum {text!r}: expected STEPS@MAX_NEW_TOKENS or STEPS@MAX_NEW_TOKENS@NUM_SAMPLES",
-        )
+        understood = len(numbers) in (2, 3) and all(map(str.isdecimal, numbers))
+        require(understood, f"--curriculum {text!r}: expected STEPS@MAX_NEW_TOKENS[@NUM_SAMPLES]")
         steps, limit, *samples = map(int, numbers)
         stages.append(Stage(first, limit, samples[0] if samples else config.num_samples))
         first += steps
@@ -572,17 +387,10 @@ def plan(config: Config) -> list[Stage]:
 
 
 def collect(
-    model: Transformer,
-    problems: Problems,
-    tokenizer: Tokenizer,
-    config: Config,
-    run: Run,
-    step: int,
-    stage: Stage,
-    cursor: int,
-    clock: Clock,
-) -> tuple[list[Episode], int]:
-    """A rollout over all processes, judged, with advantages; and where in the problems the next one begins.
+    model: Transformer, problems: Problems, tokenizer: Tokenizer, config: Config, run: Run, step: int,
+    stage: Stage, cursor: int, clock: Clock,
+) -> tuple[list[Episode], int]:  # fmt: skip
+    """A rollout over all processes, with advantages, and where in the problems the next one begins.
 
     With resample_rounds (DAPO's dynamic sampling) groups of equal rewards are replaced by others.
     """
@@ -591,17 +399,14 @@ def collect(
     for attempt in range(1 + config.resample_rounds):
         chosen = [problems.train(cursor + row) for row in range(rows.start, rows.stop)]
         seed = random.Random(f"{config.seed}/{step}/{attempt}/{run.rank}").getrandbits(60)
+        how = seed, stage.limit, stage.samples, config.temperature
         with clock("rollout"):
-            episodes = roll_out(
-                model, chosen, tokenizer, config, seed, stage.samples, stage.limit, config.temperature
-            )
+            episodes = roll_out(model, chosen, tokenizer, config, *how)
         with clock("reward"):
             judge(episodes, chosen, config, stage.limit)
-        for episode in episodes:
-            episode.group += cursor + rows.start  # now its number among all problems
-        cursor += config.prompts
-        episodes = gather(episodes, run)
+        episodes = rollouts.gather(episodes, run)
         assign_advantages(episodes, config, stage.samples, step)
+        cursor += config.prompts
         if not config.resample_rounds:
             return episodes, cursor
         kept += [episode for episode in episodes if episode.advantage]
@@ -610,28 +415,32 @@ def collect(
     return (kept or episodes)[: config.prompts * stage.samples], cursor
 
 
+def load(folder: Path, run: Run) -> Transformer:
+    """A model folder, shared among the processes."""
+    model = new_model(read_config(folder), run)
+    load_weights(model, folder)
+    return model
+
+
 def main() -> None:
     config = parse(Config, PRESETS, about=__doc__)
     stages = plan(config)
-    require(
-        bool(config.init_from) or config.warm_steps > 0,
-        "without --warm_steps, give a model: --init_from FOLDER",
-    )
+    require(bool(config.init_from or config.warm_steps), "give --init_from MODEL, or --warm_steps > 0")
     if config.dry_run:
+        made = small_shape(config, config.vocab_size)
         return print_estimate(
-            config,
-            read_config(config.init_from) if config.init_from else own_shape(config, config.vocab_size),
+            config, read_config(resolve_folder(config.init_from)) if config.init_from else made
         )
 
     run = Run(config, "grpo")
     problems = Problems(config.data, config.seed, config.skip_bad)
     for remark in problems.remarks:
         run.say(f"left out: {remark}")
-    start = config.init_from or str(run.folder / "start")
-    cpu_seconds = {"warm start": 0.0, "rollouts and updates": 0.0}  # of this process
-    if not config.init_from and not (run.folder / "start").exists():
-        warm_start(config, run, problems)
-        cpu_seconds["warm start"] = time.process_time()
+    start = resolve_folder(config.init_from) if config.init_from else run.folder / "start"
+    cpu_seconds = {"demonstrations": -time.process_time(), "reinforcement": 0.0}  # of this process
+    if not config.init_from and not config.resume:
+        teach(start, lambda n: problems.train(n).solved(config.opening, config.suffix), config, run)
+    cpu_seconds["demonstrations"] += time.process_time()
     tokenizer, model = load_tokenizer(start), load(start, run)
     reference = load(start, run) if config.kl_coef else None
     optimizer = make_adamw(model, config.lr, config.weight_decay, betas=(0.9, 0.999))
@@ -643,6 +452,8 @@ def main() -> None:
     state = checkpoints.resume(guard)
     cursor = state.get("cursor", 0)
     before = state.get("before") or evaluate(model, held_out, tokenizer, config, run)
+    if not state:
+        run.log(0, config.steps, **before)
 
     run.say(
         f"{num_parameters(model.config):,} parameters, {config.steps} rollouts of {config.prompts} problems"
@@ -651,16 +462,14 @@ def main() -> None:
     step = run.start_step
     while step < config.steps:
         stage = [stage for stage in stages if stage.first <= step][-1]
-        clock, begun, begun_cpu = Clock(), time.monotonic(), time.process_time()
+        clock = Clock()
         episodes, cursor = collect(model, problems, tokenizer, config, run, step, stage, cursor, clock)
         if config.several_updates:
             with clock("old"):
-                for episode, logprobs in zip(episodes, score(model, episodes, config, run), strict=True):
-                    episode.old = logprobs
+                rollouts.score(model, episodes, "old", config.temperature, run)
         if reference is not None:
             with clock("reference"):
-                for episode, logprobs in zip(episodes, score(reference, episodes, config, run), strict=True):
-                    episode.reference = logprobs
+                rollouts.score(reference, episodes, "reference", config.temperature, run)
         with clock("update"):
             learnt = update(model, optimizer, guard, episodes, config, run, step, stage.limit).read(run)
         if learnt["mismatch"] > config.max_mismatch:
@@ -669,20 +478,13 @@ def main() -> None:
                 f"{config.max_mismatch}): they no longer compute the same model; try --dtype float32"
             )
 
-        cpu_seconds["rollouts and updates"] += time.process_time() - begun_cpu
+        cpu_seconds["reinforcement"] += clock.cpu_seconds
         step += 1
         stopping, last = run.should_stop(), step == config.steps
         if due(config.log_every, step) or last:
-            seconds = {f"seconds/{phase}": value for phase, value in clock.seconds.items()}
-            made = sum(len(episode.tokens) for episode in episodes)
-            speed = {
-                "generated_tokens_per_second": made / clock.seconds["rollout"],
-                "trained_tokens_per_second": learnt["trained_tokens"] / clock.seconds["update"],
-                "step_seconds": time.monotonic() - begun,
-                "peak_memory_bytes": peak_memory_bytes(run.device),
-            }
-            run.log(step, config.steps, **describe(episodes, stage.samples), **learnt, **speed, **seconds)
-            write_samples(run, step, episodes, tokenizer)
+            speed = clock.speed(episodes, learnt["trained_tokens"], run.device)
+            run.log(step, config.steps, **rollouts.describe(episodes, stage.samples), **learnt, **speed)
+            rollouts.write_samples(run, step, episodes, tokenizer)
         if due(config.eval_every, step) and not (last or stopping):
             run.log(step, config.steps, **evaluate(model, held_out, tokenizer, config, run))
         checkpoints.after_step(step, last, stopping, guard=guard.state_dict(), before=before, cursor=cursor)
@@ -697,19 +499,6 @@ def main() -> None:
     run.finish({**summary, "cpu_seconds": cpu_seconds}, curves)
     run.say(f"done: {run.folder}/curves.png, {run.folder}/summary.json, model in {run.folder}/model")
     run.say(f"next: python chat.py --model {run.folder}/model")
-
-
-def write_samples(run: Run, step: int, episodes: list[Episode], tokenizer: Tokenizer) -> None:
-    """Append two completions of the rollout to samples.jsonl, with what they earned."""
-    if run.main:
-        with open(run.folder / "samples.jsonl", "a") as file:
-            for episode in (episodes[0], episodes[-1]):
-                texts = {
-                    "prompt": tokenizer.decode(episode.prompt),
-                    "completion": tokenizer.decode(episode.tokens),
-                }
-                record = {"step": step, **texts, "reward": episode.reward, "advantage": episode.advantage}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

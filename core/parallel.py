@@ -52,7 +52,9 @@ def shard(model: nn.Module, units: list[nn.Module], run: Run, methods: tuple[str
             # Losses are divided by the global token count already, so gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    for method in methods:
+    # FSDP sets itself up in the root's first call, but sampling enters by the layers: `unsharded` calls this.
+    model.wake = lambda: None
+    for method in (*methods, "wake"):
         register_fsdp_forward_method(model, method)
 
 
@@ -81,6 +83,8 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     """Inside, every process holds the whole weights, so that generating needs no communication and processes
     may do unequal work. Costs one full copy of the weights in the compute type."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if parts:
+        model.wake()
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()

@@ -1,16 +1,20 @@
 """Completions as training data: dealt to processes, padded into batches, counted for the log."""
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.run import Run
+from core.generate import Completion
+from core.run import Run, peak_memory_bytes
+from model import Transformer
 
 IGNORE = -100  # a target that is not in the loss
 
@@ -21,9 +25,9 @@ class Episode:
 
     group: int  # index of its problem in the rollout
     prompt: list[int]
-    tokens: list[int]
-    own: list[bool]  # False = written by a tool: never in the loss
-    logprobs: list[float]  # the sampler's, of own tokens
+    tokens: list[int] = field(default_factory=list)
+    own: list[bool] = field(default_factory=list)  # False = written by a tool: never in the loss
+    logprobs: list[float] = field(default_factory=list)  # the sampler's, of own tokens
     finished: bool = False  # it came to its end by itself
     text: str = ""  # what is judged
     reward: float = 0.0
@@ -36,6 +40,21 @@ class Episode:
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.tokens)
+
+    def add(self, completion: Completion, tokenizer: Any) -> "Episode":
+        """Append what the model wrote; its text alone is what will be judged."""
+        self.tokens = self.tokens + completion.tokens
+        self.own = self.own + [True] * len(completion.tokens)
+        self.logprobs = self.logprobs + completion.logprobs
+        self.finished = completion.finish_reason == "stop"
+        self.text = tokenizer.decode(completion.tokens[: -1 if self.finished else None])
+        return self
+
+    def add_given(self, tokens: list[int]) -> None:
+        """Append what a tool wrote, which is never in the loss."""
+        self.tokens = self.tokens + tokens
+        self.own = self.own + [False] * len(tokens)
+        self.logprobs = self.logprobs + [0.0] * len(tokens)
 
 
 @dataclass
@@ -99,6 +118,27 @@ def gather(items: list, run: Run) -> list:
     return [item for part in found for item in part]
 
 
+@torch.no_grad()
+def score(
+    model: Transformer,
+    episodes: list[Episode],
+    name: Literal["old", "reference"],
+    temperature: float,
+    run: Run,
+) -> None:
+    """Write each completion's log-probabilities under a model into its field `name`, on every process."""
+    found: dict[int, list[float]] = {}
+    numbers = {id(episode): number for number, episode in enumerate(episodes)}
+    for share in deal(episodes, run.config.micro_batch_size * run.config.seq_len, run):
+        micro = make_micro(share or episodes[:1], [0.0] * max(1, len(share)), run.device)
+        logprobs, _ = model.logprobs(micro.tokens, micro.targets, temperature=temperature)
+        for row, episode in enumerate(share):
+            start = len(episode.prompt) - 1
+            found[numbers[id(episode)]] = logprobs[row, start : start + len(episode.tokens)].tolist()
+    for number, logprobs in gather(list(found.items()), run):
+        setattr(episodes[number], name, logprobs)
+
+
 class Statistics:
     """Sums over the tokens of a rollout's updates, for the log."""
 
@@ -111,15 +151,9 @@ class Statistics:
         self.updates: list[dict[str, float]] = []  # what core.optimizer.take_step said of each
 
     def add(
-        self,
-        micro: Micro,
-        logprobs: Tensor,
-        old: Tensor,
-        entropy: Tensor,
-        ratio: Tensor,
-        clip_low: float,
-        clip_high: float,
-    ) -> None:
+        self, micro: Micro, logprobs: Tensor, old: Tensor, entropy: Tensor, ratio: Tensor,
+        clip_low: float, clip_high: float,
+    ) -> None:  # fmt: skip
         """Count a forward: log-probabilities [n, T] now and before the first update, entropy, ratio."""
         mask = micro.targets != IGNORE
         off = (old - micro.sampled) * mask  # trainer and sampler, about the same model
@@ -152,27 +186,34 @@ class Statistics:
         count = len(self.updates)
         mean = {name: sum(one[name] for one in self.updates) / count for name in ("loss", "grad_norm")}
         last = {name: self.updates[-1][name] for name in ("lr", "skipped")}
-        return {
-            **mean,
-            **last,
-            **means,
-            "padding": 1 - tokens / cells,
-            "updates": count,
-            "trained_tokens": tokens,
-        }
+        work = {"padding": 1 - tokens / cells, "updates": count, "trained_tokens": tokens}
+        return {**mean, **last, **means, **work}
 
 
 class Clock:
-    """Seconds spent in each phase of a step."""
+    """Seconds spent in each phase of a step, and processor seconds in all."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds = 0.0
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        begun = time.monotonic()
+        begun, begun_cpu = time.monotonic(), time.process_time()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begun
+        self.cpu_seconds += time.process_time() - begun_cpu
+
+    def speed(self, episodes: list[Episode], trained_tokens: float, device: torch.device) -> dict[str, float]:
+        """What the step took, for the log."""
+        made = sum(len(episode.tokens) for episode in episodes)
+        return {
+            "generated_tokens_per_second": made / self.seconds["rollout"],
+            "trained_tokens_per_second": trained_tokens / self.seconds["update"],
+            "step_seconds": sum(self.seconds.values()),
+            "peak_memory_bytes": peak_memory_bytes(device),
+            **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
+        }
 
 
 def describe(episodes: list[Episode], samples: int) -> dict[str, float]:
@@ -206,3 +247,17 @@ def describe(episodes: list[Episode], samples: int) -> dict[str, float]:
 def pass_at_k(samples: int, right: int, k: int) -> float:
     """Chance that one of k completions is right, without bias (arXiv 2107.03374, eq. 1)."""
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def write_samples(run: Run, step: int, episodes: list[Episode], tokenizer: Any) -> None:
+    """Append two completions of the rollout to samples.jsonl, with what they earned."""
+    if not run.main:
+        return
+    with open(run.folder / "samples.jsonl", "a") as file:
+        for episode in (episodes[0], episodes[-1]):
+            texts = {
+                "prompt": tokenizer.decode(episode.prompt),
+                "completion": tokenizer.decode(episode.tokens),
+            }
+            record = {"step": step, **texts, "reward": episode.reward, "advantage": episode.advantage}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

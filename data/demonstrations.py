@@ -1,4 +1,4 @@
-"""A small model of one's own, taught by demonstrations: for stages that follow fine-tuning and were given none.
+"""A small model made on the spot and taught by demonstrations, for stages that were given none.
 
     loss = - sum_{t in M} log p(x_t | x_<t) / N,      M = tokens the assistant writes, its end token included
 

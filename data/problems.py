@@ -34,6 +34,17 @@ class Problem:
     task: str = "math"  # its reward in core.rewards.REWARDS
     demonstration: Message = field(default_factory=dict)
 
+    def conversation(self, system: str = "", suffix: str = "") -> list[Message]:
+        """The messages before the answer; `suffix` is put behind the question."""
+        opening = [{"role": "system", "content": system}] if system else []
+        return [*opening, {"role": "user", "content": self.prompt + suffix}]
+
+    def solved(self, system: str = "", suffix: str = "") -> list[Message]:
+        """The conversation with its demonstration. Raises UserError where there is none."""
+        if not self.demonstration:
+            raise UserError(f"no solution to learn from for {self.prompt[:60]!r}; give --init_from MODEL")
+        return [*self.conversation(system, suffix), {"role": "assistant", **self.demonstration}]
+
     @property
     def held_out(self) -> bool:
         """A fixed tenth of all problems, by what is asked, not by when or in which file."""

@@ -15,8 +15,9 @@ import torch
 import grpo
 from core.config import UsageError, UserError
 from core.generate import generate
-from core.rollouts import IGNORE, Episode, deal, make_micro, pass_at_k
+from core.rollouts import IGNORE, Episode, Statistics, deal, make_micro, pass_at_k, score
 from core.run import Run
+from data.demonstrations import make_tokenizer
 from data.problems import Problem, Problems
 from model import Config as Shape
 from model import Transformer
@@ -298,7 +299,7 @@ def gradient_of(folder: str, batch: list[Episode] | None = None, **changes) -> d
         model = Transformer(SHAPE)
     model = materialize(parallelize(model, run), run)
     model.init_weights(1)
-    statistics = grpo.Statistics(run.device, config.kl_coef > 0)
+    statistics = Statistics(run.device, config.kl_coef > 0)
     loss = grpo.accumulate(model, batch or made_up_episodes(), config, run, 20, statistics)
     whole = {
         n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
@@ -391,13 +392,12 @@ def test_a_cut_in_two_updates_is_one_without_a_step_between(tmp_path):
         for group, samples in enumerate(sampled)
         for c in samples
     ]
-    for number, (episode, scores) in enumerate(
-        zip(episodes, grpo.score(model, episodes, config, run), strict=True)
-    ):
-        assert scores == pytest.approx(episode.logprobs, abs=1e-5)
-        episode.old = episode.reference = scores
+    score(model, episodes, "old", config.temperature, run)
+    for number, episode in enumerate(episodes):
+        assert episode.old == pytest.approx(episode.logprobs, abs=1e-5)
+        episode.reference = episode.old
         episode.advantage = number - 3.5
-    statistics = grpo.Statistics(run.device, config.kl_coef > 0)
+    statistics = Statistics(run.device, config.kl_coef > 0)
     grpo.accumulate(model, episodes, config, run, 9, statistics)
     statistics.updates.append({"loss": 0.0, "grad_norm": 0.0, "lr": 0.0, "skipped": 0})
     values = statistics.read(run)
@@ -408,20 +408,19 @@ def test_a_cut_in_two_updates_is_one_without_a_step_between(tmp_path):
 # Rollouts
 
 
+MOSS = dict(chat_format="moss", system="Calculator: enabled. API: Calculate(expression)")
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
-    return grpo.make_tokenizer(
-        Problems(("sorting", "products"), 0),
-        config_of(chat_format="moss", system="Calculator: enabled. API: Calculate(expression)"),
-    )
+    problems = Problems(("sorting", "products"), 0)
+    return make_tokenizer(lambda number: problems.train(number).solved(MOSS["system"]), config_of(**MOSS))
 
 
 def test_tool_results_enter_the_episode_and_not_the_loss(tokenizer, monkeypatch):
     from data.chat import render
 
-    config = config_of(
-        chat_format="moss", tools=("calculator",), system="Calculator: enabled. API: Calculate(expression)"
-    )
+    config = config_of(tools=("calculator",), **MOSS)
     problem = Problem("compute 17*24", "408")
     eot, eoc = (tokenizer.special_tokens[name] for name in ("<eot>", "<eoc>"))
     thoughts = (
@@ -448,7 +447,7 @@ def test_tool_results_enter_the_episode_and_not_the_loss(tokenizer, monkeypatch)
     grpo.judge(episodes, [problem], config, 64)
     used, lost = episodes
     expected = render(
-        [*grpo.conversation(problem, config), {"role": "assistant", "commands": 'Calculate("17*24")',
+        [*problem.conversation(MOSS["system"]), {"role": "assistant", "commands": 'Calculate("17*24")',
          "results": "Calculate(\"17*24\") => '408'", "content": "408"}], tokenizer, "moss")  # fmt: skip
     assert (
         used.prompt + used.tokens == expected.ids[:-1]
@@ -585,7 +584,7 @@ def test_two_processes_train_one_model(tmp_path):
         load_file(tmp_path / "run" / part / "model.safetensors")[name] for part in ("start", "model")
     )
     assert torch.equal(torch.cat([first, second])[: len(end)], end) and not torch.equal(start, end)
-    assert {record["step"] for record in metrics(tmp_path / "run")} == {1, 2}
+    assert {record["step"] for record in metrics(tmp_path / "run")} == {0, 1, 2}
 
 
 def test_without_a_model_or_demonstrations(tmp_path, monkeypatch):
