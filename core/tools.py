@@ -169,10 +169,7 @@ def tool_names(flags: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for flag, name in by_flag.items() if flag in flags)
 
 
-PERSONA = """You are MOSS, an assistant that is helpful, honest and harmless.
-- You speak English and Chinese and answer in the language of the question.
-- You say so when you do not know something or when a tool found nothing.
-"""
+PERSONA = "You are MOSS, an honest assistant that speaks English and Chinese.\n"
 
 
 def meta_instruction(enabled: Collection[str] = (), persona: str = PERSONA) -> str:

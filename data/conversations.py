@@ -1,9 +1,10 @@
 """Generated conversations in English and Chinese: the data that `sft.py` learns from when it is given none.
 
-Each example is one skill: small arithmetic, dates, units, small talk, refusals, remembering what was said
+Each question needs one skill: small arithmetic, dates, units, small talk, refusals, remembering what was said
 turns ago, and, in MOSS's format, using each of the four tools, doing without them, and owning up when a tool
 is switched off or finds nothing. Names, places and numbers in search results are made up, so the model has
-to read them: it cannot know them.
+to read them: it cannot know them. A conversation can hold several questions: a small model learns most from
+a token where the opening, which says which tools are on, serves more than one.
 
 Two splits keep memorising apart from learning. A `value` example asks a known question about values (numbers,
 names) that training never combined; a `template` example asks in words that training never used.
@@ -16,7 +17,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -74,27 +75,45 @@ def assistant(text: str, **fields: str) -> Message:
 
 Talk = tuple[list[Message], str, str]
 
-SIGNS = {"+": "+", "-": "-", "*": "×"}
+SIGNS = {  # in a command: as shown, in English words, in Chinese words
+    "+": ("+", "plus", "加"),
+    "-": ("-", "minus", "减"),
+    "*": ("×", "times", "乘以"),
+}
 ARITHMETIC = {
     "en": [
-        "What is {a} {sign} {b}?",
-        "{a} {sign} {b} = ?",
-        "How much is {a} {sign} {b}?",
-        "Work out {a} {sign} {b}.",
-        "Please calculate {a} {sign} {b}.",
-        "Tell me what {a} {sign} {b} is.",
-        "Can you compute {a} {sign} {b} for me?",
+        "What is {sum}?",
+        "{sum} = ?",
+        "{sum}",
+        "How much is {sum}?",
+        "Work out {sum}.",
+        "Please calculate {sum}.",
+        "Tell me what {sum} is.",
+        "I would like to know {sum}.",
+        "And {sum}?",
+        "Can you compute {sum} for me?",
     ],
     "zh": [
-        "{a} {sign} {b} 等于多少？",
-        "{a} {sign} {b} = ?",
-        "请计算 {a} {sign} {b}。",
-        "{a} {sign} {b} 是多少？",
-        "算一下 {a} {sign} {b}。",
-        "告诉我 {a} {sign} {b} 的结果。",
-        "你能帮我算出 {a} {sign} {b} 吗？",
+        "{sum}等于多少？",
+        "{sum} = ?",
+        "{sum}",
+        "请计算{sum}。",
+        "{sum}是多少？",
+        "算一下{sum}。",
+        "告诉我{sum}的结果。",
+        "我想知道{sum}是几。",
+        "那么{sum}呢？",
+        "你能帮我算出{sum}吗？",
     ],
 }
+
+
+def in_words(draw: "Draw", a: int, sign: str, b: int) -> str:
+    """12*7 as "12 × 7" or "12 times 7"."""
+    symbol, english, chinese = SIGNS[sign]
+    if draw.rng.random() < 0.5:
+        return f"{a} {symbol} {b}"
+    return draw.say(f"{a} {english} {b}", f"{a}{chinese}{b}")
 
 
 def result_of(a: int, sign: str, b: int) -> int:
@@ -103,9 +122,9 @@ def result_of(a: int, sign: str, b: int) -> int:
 
 def arithmetic(draw: Draw) -> Talk:
     sign, a, b = draw.values(lambda rng: (rng.choice("+-*"), rng.randint(0, 9), rng.randint(0, 9)))
-    question = draw.words(ARITHMETIC).format(a=a, b=b, sign=SIGNS[sign])
-    answer = result_of(a, sign, b)
-    return [user(question)], f"{a} {SIGNS[sign]} {b} = {answer}", str(answer)
+    answer = str(result_of(a, sign, b))
+    question = draw.words(ARITHMETIC).format(sum=in_words(draw, a, sign, b))
+    return [user(question)], draw.say(f"It is {answer}.", f"答案是{answer}。"), answer
 
 
 DAYS = {
@@ -281,39 +300,54 @@ def calculation(draw: Draw) -> ToolTalk:
     """Larger numbers than `arithmetic` asks about: without the calculator they are out of reach."""
 
     def sample(rng: random.Random) -> tuple[str, int, int]:
-        sign, a, b = rng.choice("+-*"), rng.randint(11, 99), rng.randint(11, 99)
+        sign, a, b = rng.choice("+-*"), rng.randint(2, 999), rng.randint(2, 999)
         return (sign, max(a, b), min(a, b)) if sign == "-" else (sign, a, b)
 
     sign, a, b = draw.values(sample)
     answer = str(result_of(a, sign, b))
-    question, reply = draw.words(ARITHMETIC), f"{a} {SIGNS[sign]} {b} = {answer}"
-    if draw.rng.random() < 0.5 and (draw.split != "template" or sign == "*"):
+    question, reply = draw.words(ARITHMETIC), draw.say("It is {c}.", "答案是{c}。")
+    if draw.rng.random() < 0.4 and (draw.split != "template" or sign == "*"):
         stories = STORIES[draw.language][-1:] if draw.split == "template" else STORIES[draw.language][:-1]
         _, question, reply = draw.rng.choice([story for story in stories if story[0] == sign])
-    question = question.format(a=a, b=b, sign=SIGNS[sign])
-    return (
-        ([user(question)], reply.format(c=answer), answer),
-        tools.Command("Calculate", f"{a}{sign}{b}"),
-        [answer],
-    )
+    question = question.format(a=a, b=b, sum=in_words(draw, a, sign, b))
+    command = tools.Command("Calculate", f"{a}{sign}{b}")
+    return ([user(question)], reply.format(c=answer), answer), command, [answer]
+
+
+def no_result(draw: Draw) -> ToolTalk:
+    """A division by zero: the calculator fails, and the reply says so."""
+    (a,) = draw.values(lambda rng: (rng.randint(1, 999),))
+    question = draw.words(ARITHMETIC).format(sum=f"{a} / 0")
+    says = draw.say("there is no result", "没有结果")
+    reply = draw.say(f"The calculator fails: {says}.", f"计算器算不出来，{says}。")
+    return ([user(question)], reply, says), tools.Command("Calculate", f"{a}/0"), []
 
 
 EQUATIONS = {
-    "en": ["Solve {e}.", "Find x if {e}.", "What is x in {e}?", "For which x is {e}?"],
-    "zh": ["解方程 {e}。", "求 x：{e}。", "{e} 中 x 是多少？", "x 取何值时 {e}？"],
+    "en": [
+        "Solve {e}.",
+        "Find x if {e}.",
+        "What is x in {e}?",
+        "{e}. What is x?",
+        "Please solve {e} for x.",
+        "For which x is {e}?",
+    ],
+    "zh": [
+        "解方程 {e}。",
+        "求 x：{e}。",
+        "{e} 中 x 是多少？",
+        "{e}，x 是几？",
+        "请解 {e}。",
+        "x 取何值时 {e}？",
+    ],
 }
 
 
 def equation(draw: Draw) -> ToolTalk:
     a, x, b = draw.values(lambda rng: (rng.randint(2, 9), rng.randint(2, 40), rng.randint(1, 99)))
-    shown, c = f"{a}x + {b} = {a * x + b}", a * x + b
-    found = f"x = {x}"
-    talk = (
-        [user(draw.words(EQUATIONS).format(e=shown))],
-        draw.say(f"The solution is {found}", f"解是 {found}"),
-        found,
-    )
-    return talk, tools.Command("Solve", f"{a}*x+{b}={c}"), [found]
+    shown, found = f"{a}x + {b} = {a * x + b}", f"x = {x}"
+    talk = [user(draw.words(EQUATIONS).format(e=shown))], draw.say(f"Then {found}", f"解得 {found}"), found
+    return talk, tools.Command("Solve", shown), [found]
 
 
 # Invented places: two syllables each. Most have one fact in `documents`; of one in six nothing is known.
@@ -416,7 +450,15 @@ def picture(draw: Draw) -> ToolTalk:
 # Putting examples together
 
 PLAIN = {f.__name__: f for f in (arithmetic, dates, units, small_talk, refusal, reference)}
-WITH_TOOLS = {f.__name__: f for f in (calculation, equation, search, picture)}
+WITH_TOOLS = {f.__name__: f for f in (calculation, no_result, equation, search, picture)}
+TIMES = {"calculation": 4, "no_result": 1, "equation": 2, "search": 3, "picture": 2}  # with the tool on
+TOOL_OF = {
+    "calculation": "Calculate",
+    "no_result": "Calculate",
+    "equation": "Solve",
+    "search": "Search",
+    "picture": "Text2Image",
+}
 THOUGHTS = {  # tool: English, Chinese
     "Calculate": ("I need the calculator.", "需要用计算器。"),
     "Solve": ("I need the equation solver.", "需要解方程。"),
@@ -439,66 +481,59 @@ def shown(command: tools.Command, found: list[str]) -> str:
     return f"{call}\n{found[0]}" if command.name == "Solve" else f"{call} '{found[0]}'"
 
 
-def tool_example(draw: Draw, kind: str, available: bool) -> Example:
-    """The tool is on and used, or off: then sums are tried in the head, and the rest is declined honestly."""
-    (turns, reply, answer), command, found = WITH_TOOLS[kind](draw)
-    others = [name for name in tools.TOOLS if name != command.name and draw.rng.random() < 0.3]
-    enabled = {command.name, *others} if available else set(others)
-    number = draw.language == "zh"
-    fields = {}
-    if available:
-        called = f'{command.name}("{command.argument}")'
-        fields = {
-            "thoughts": THOUGHTS[command.name][number],
-            "commands": called,
-            "results": shown(command, found),
-        }
+def exchange(draw: Draw, kind: str, enabled: set[str]) -> Example:
+    """A question and its reply where these tools are on. A sum is done by the calculator or else in the head;
+    a question for another tool that is off is declined."""
+    if kind == "arithmetic" and "Calculate" in enabled:
+        kind = "calculation"
+    needed, found, fields = None, [], {}
+    if kind in PLAIN:
+        turns, reply, answer = PLAIN[kind](draw)
     else:
-        if command.name in ("Search", "Text2Image"):
+        (turns, reply, answer), needed, found = WITH_TOOLS[kind](draw)
+    number = draw.language == "zh"
+    if needed and needed.name in enabled:
+        called = f'{needed.name}("{needed.argument}")'
+        fields = {"thoughts": THOUGHTS[needed.name][number], "commands": called}
+        fields["results"] = shown(needed, found)
+    elif enabled:
+        fields = {"thoughts": THOUGHTS["off" if needed else ""][number]}
+    if needed and needed.name not in enabled:
+        if kind not in ("calculation", "equation"):
             answer = draw.say("switched off", "已关闭")
             reply = draw.say(f"I cannot do that: the tool is {answer}.", f"我做不到，所需的工具{answer}。")
-        if enabled:
-            fields = {"thoughts": THOUGHTS["off"][number]}
-    messages = [
-        {"role": "system", "content": tools.meta_instruction(enabled)},
-        *turns,
-        assistant(reply, **fields),
-    ]
-    return Example(
-        kind if available else f"{kind}, tool off", messages, answer, command if available else None
-    )
-
-
-def plain_example(draw: Draw, kind: str, with_tools: bool) -> Example:
-    """No tool is needed; half the time some are on all the same."""
-    turns, reply, answer = PLAIN[kind](draw)
-    if not with_tools:
-        return Example(kind, [*turns, assistant(reply)], answer)
-    others = [name for name in tools.TOOLS if name != "Calculate" and draw.rng.random() < 0.25]
-    fields = {"thoughts": THOUGHTS[""][draw.language == "zh"]} if others else {}
+        kind, needed = f"{kind}, tool off", None
     turns = [{**turn, **fields} if turn["role"] == "assistant" else turn for turn in turns]
-    meta = {"role": "system", "content": tools.meta_instruction(others)}
-    return Example(kind, [meta, *turns, assistant(reply, **fields)], answer)
+    return Example(kind, [*turns, assistant(reply, **fields)], answer, needed)
 
 
-def generate(count: int, split: Split = "train", seed: int = 0, with_tools: bool = True) -> list[Example]:
+def generate(
+    count: int, split: Split = "train", seed: int = 0, with_tools: bool = True, questions: int = 1
+) -> list[Example]:
     """`count` examples, the kinds in turn, the languages at random; the same for the same arguments.
 
     with_tools: MOSS's conversations, each opened by a meta-instruction; without, plain ones without system
-    message.
+    message. questions: in each conversation; kind, answer and command are those of the last.
     """
-    rng = random.Random(f"{seed}/{split}")
-    kinds: list[tuple[str, bool]] = [(kind, True) for kind in PLAIN]
+    rng = random.Random(f"{seed}/{split}/{questions}")
+    kinds: list[tuple[str, bool]] = [(kind, False) for kind in PLAIN]  # kind, and whether its tool is on
     if with_tools:
-        # Every tool kind counts double, and for each comes one example with the tool switched off.
-        kinds += [(kind, available) for kind in WITH_TOOLS for available in (True, True, False)]
+        kinds += [(kind, True) for kind in WITH_TOOLS for _ in range(TIMES[kind])]
+        kinds += [(kind, False) for kind in WITH_TOOLS if kind != "no_result"]
     examples = []
     for number in range(count):
-        kind, available = kinds[number % len(kinds)]
-        draw = Draw(rng, split, rng.choice(("en", "zh")))
-        examples.append(
-            plain_example(draw, kind, with_tools) if kind in PLAIN else tool_example(draw, kind, available)
-        )
+        kind, on = kinds[number % len(kinds)]
+        enabled = {name for name in tools.TOOLS if with_tools and rng.random() < 0.4}
+        if kind in WITH_TOOLS:
+            enabled = enabled | {TOOL_OF[kind]} if on else enabled - {TOOL_OF[kind]}
+        elif kind == "arithmetic":
+            enabled.discard("Calculate")
+        asked = [rng.choice(kinds)[0] for _ in range(questions - 1)] + [kind]
+        talk = [exchange(Draw(rng, split, rng.choice(("en", "zh"))), each, enabled) for each in asked]
+        messages = [message for example in talk for message in example.messages]
+        if with_tools:
+            messages = [{"role": "system", "content": tools.meta_instruction(enabled)}, *messages]
+        examples.append(replace(talk[-1], messages=messages))
     return examples
 
 

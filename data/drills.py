@@ -5,8 +5,8 @@ They stand in for a Chinese corpus where none is installed and give a tiny model
 later stages ask it for exactly such answers. Half of them ask for nothing but copying, since whoever calls a
 tool must first be able to repeat a number or a name that they were told. Every text is about one subject (a
 number, a day, a length, a person's errand), and subjects, not lines, are held out for validation, so what is
-validated was never said in training. Installed Chinese message catalogues (gettext), where the system has some, are added as
-bilingual word lists.
+validated was never said in training. Installed Chinese message catalogues (gettext), where the system has
+some, are added as bilingual word lists.
 """
 
 import random
@@ -206,7 +206,8 @@ def dialogue(number: int, chinese: bool, rng: random.Random) -> str:
     return "\n".join(f"{names[turn % 2]}{colon}{words}" for turn, words in enumerate(said))
 
 
-EN_SYLLABLES = "ar bel cor dun el fal gar hol il kar lor mar nor os pel den mont via sea ton ra wick la".split()
+SIGNS = (("+", "plus", "加"), ("-", "minus", "减"), ("*", "times", "乘以"))
+EN_SYLLABLES = "ar bel cor dun el fal gar hol il kar lor mar nor os pel den mont via sea ton ra wick".split()
 ZH_SYLLABLES = "青白金云石松桃龙凤海山银紫秋河湾岭镇桥城溪谷洲红黄蓝绿大小猫狗船车灯杯包星月风雨"
 
 
@@ -230,7 +231,7 @@ def recall(number: int, chinese: bool, rng: random.Random) -> str:
     for _ in range(rng.randint(4, 9)):
         person, value = rng.choice(list(known.items()))
         a, b, new = rng.randrange(1000), rng.randrange(1000), made_up(chinese, rng)
-        sign, english, mandarin = rng.choice((("+", "plus", "加"), ("-", "minus", "减"), ("*", "times", "乘以")))
+        sign, english, mandarin = rng.choice(SIGNS)
         lines.append(
             rng.choice(
                 (
