@@ -1,14 +1,17 @@
 """What reinforcement teaches small models, with controls.
 
-    python benchmarks/grpo.py [EXPERIMENT] [--seeds 0 1 2]
+    python benchmarks/grpo.py [EXPERIMENT] [--seeds 0 1 2] [--picture FILE]
 
-Each row is a whole run of grpo.py on one thread. "CPU-s" are processor seconds of demonstrations and of
-reinforcement, without evaluation. Experiments:
+Each row is a run of grpo.py on one thread; held-out problems before and after. CPU-s are processor seconds of
+demonstrations and of reinforcement, evaluation not counted. Experiments:
 
-    sorting      sort 8 digits; controls: rewards given to the wrong completions, demonstrations for as long
-    countdown    make a number from three; the same controls
-    steps        six operations in a row with thoughts, against demonstrations of the answer alone
-    calculator   products of large numbers with the calculator, and without
+    sorting      sort 8 digits
+    countdown    reach a number with three others; held out by numbers and target
+    steps        the last digit after six operations, with thoughts; the control is shown answers alone
+    calculator   products of two three-digit numbers with the calculator; then the same model without it
+
+Controls: the same start with rewards given to the wrong completions, and a new model taught by demonstrations
+for as long as the first row took in all.
 """
 
 import argparse
@@ -20,79 +23,102 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SUPERVISED = ["--steps", "1", "--lr", "0"]  # demonstrations only: the one rollout changes nothing
-LONGER = ["--num_samples", "8", "--seq_len", "160", "--micro_batch_size", "128", "--max_new_tokens", "64"]
-MOSS = [
-    "--data",
-    "products",
-    "--chat_format",
-    "moss",
-    "--system",
-    "Calculator: enabled. API: Calculate(expression)",
-]
+EVALUATE = ["--steps", "1", "--lr", "0"]  # the one rollout changes nothing
+CALCULATOR = "Calculator: enabled. API: Calculate(expression)"
 
-# experiment -> rows: (name, arguments of grpo.py)
-EXPERIMENTS: dict[str, dict[str, list[str]]] = {
-    "sorting": {
-        "demonstrations + GRPO": [],
-        "  rewards shuffled": ["--shuffle_rewards"],
-        "demonstrations, same time": ["--warm_steps", "450", *SUPERVISED],
-    },
-    "countdown": {
-        "demonstrations + GRPO": ["--data", "countdown", "--warm_steps", "400"],
-        "  rewards shuffled": ["--data", "countdown", "--warm_steps", "400", "--shuffle_rewards"],
-        "demonstrations, same time": ["--data", "countdown", "--warm_steps", "800", *SUPERVISED],
-    },
-    "steps": {
-        "thoughts + GRPO": ["--data", "steps", "--warm_steps", "200", "--steps", "20", *LONGER],
-        "answers alone, same time": ["--data", "steps-direct", "--warm_steps", "900", *SUPERVISED, *LONGER],
-    },
-    "calculator": {
-        "calculator + GRPO": [
-            *MOSS,
-            "--tools",
-            "calculator",
-            "--warm_steps",
-            "400",
-            "--steps",
-            "20",
-            *LONGER,
-        ],
-        "calculator switched off": [*MOSS, "--warm_steps", "400", *SUPERVISED, *LONGER],
-    },
+# experiment -> arguments of grpo.py
+EXPERIMENTS: dict[str, list[str]] = {
+    "sorting": [],
+    "countdown": ["--data", "countdown", "--warm_steps", "300", "--steps", "120"],
+    "steps": "--data steps --warm_steps 200 --steps 40 --seq_len 128 --max_new_tokens 64".split(),
+    "calculator": "--data products --chat_format moss --seq_len 128 --max_new_tokens 40 --steps 30".split()
+    + ["--system", CALCULATOR, "--tools", "calculator", "--warm_steps", "300"],
 }
 
 
-def run(arguments: list[str], seed: int) -> dict:
+def run(folder: Path, seed: int, *arguments: str) -> dict:
     """One run of grpo.py in a process of its own; its summary."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "grpo.py"), "--out", f"{folder}/run", "--seed", str(seed)]
-        command += ["--device", "cpu", "--eval_every", "0", "--save_every", "0", *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        return json.loads(Path(folder, "run", "summary.json").read_text())
+    command = [sys.executable, str(ROOT / "grpo.py"), "--out", str(folder), "--seed", str(seed), *arguments]
+    command += ["--preset", "tiny", "--device", "cpu", "--save_every", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads((folder / "summary.json").read_text())
+
+
+def rows(experiment: str, seed: int, folder: Path) -> dict[str, dict]:
+    """The summaries of an experiment's runs with one seed, by name."""
+    arguments = EXPERIMENTS[experiment]
+    first = run(folder / "grpo", seed, *arguments)
+    found = {"demonstrations + GRPO": first}
+    if experiment == "calculator":
+        place = arguments.index("--tools")
+        without = arguments[:place] + arguments[place + 2 :] + ["--init_from", str(folder / "grpo/model")]
+        found["  the same, calculator off"] = run(folder / "off", seed, *without, *EVALUATE)
+    else:
+        start = ["--init_from", str(folder / "grpo/start"), "--shuffle_rewards"]
+        found["  rewards shuffled"] = run(folder / "shuffled", seed, *arguments, *start)
+    name = "demonstrations, same time"
+    if experiment == "steps":
+        arguments, name = ["--data", "steps-direct", *arguments[2:]], "answers alone, same time"
+    budget = sum(first["cpu_seconds"].values())
+    trial = run(folder / "trial", seed, *arguments, "--warm_steps", "50", *EVALUATE, "--eval_problems", "8")
+    steps = round(50 * budget / trial["cpu_seconds"]["demonstrations"])
+    found[name] = run(folder / "alone", seed, *arguments, "--warm_steps", str(steps), *EVALUATE)
+    return found
+
+
+def show(name: str, seed: str, summaries: list[dict]) -> None:
+    """A line of the table: means of some runs."""
+
+    def mean(part: str, figure: str) -> float:
+        return sum(summary[part][figure] for summary in summaries) / len(summaries)
+
+    figures = [f for f in summaries[0]["after"] if f != "eval_length"]
+    columns = [f"{mean('before', figure):.3f} -> {mean('after', figure):.3f}" for figure in figures]
+    columns += [f"{mean('before', 'eval_length'):5.1f} -> {mean('after', 'eval_length'):5.1f}"]
+    seconds = [mean("cpu_seconds", part) for part in ("demonstrations", "reinforcement")]
+    print(f"{name:27s} {seed:4s}   {'   '.join(columns)}   {seconds[0]:3.0f} + {seconds[1]:3.0f}", flush=True)
+
+
+def draw(runs: dict[str, Path], picture: Path) -> None:
+    """Accuracy and length of sampled answers to held-out problems over the rollouts of some runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for name, folder in runs.items():
+        records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        points = [record for record in records if "pass@1" in record]
+        for panel, key in zip(panels, ("pass@1", "eval_length"), strict=True):
+            panel.plot([p["step"] for p in points], [p[key] for p in points], marker=".", label=name)
+            panel.set(xlabel="rollouts", ylabel=key)
+    panels[0].legend(fontsize=7)
+    figure.savefig(picture, dpi=80)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("experiment", nargs="?", choices=EXPERIMENTS, default="sorting")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
-    print(
-        f"{options.experiment:28s} seed   greedy          pass@1          pass@8          CPU-s", flush=True
-    )
-    for name, arguments in EXPERIMENTS[options.experiment].items():
+    head = "   ".join(f"{name:14s}" for name in ("pass@1", "pass@8", "greedy", "length"))
+    print(f"{options.experiment:27s} seed   {head}   CPU-s", flush=True)
+    found: dict[str, list[dict]] = {}
+    with tempfile.TemporaryDirectory() as folder:
         for seed in options.seeds:
-            summary = run(arguments, seed)
-            columns = [
-                f"{summary['before'][figure]:.3f} -> {summary['after'][figure]:.3f}"
-                for figure in ("greedy", "pass@1", "pass@8")
-            ]
-            spent = summary["cpu_seconds"]
-            seconds = f"{spent['warm start']:.0f} + {spent['rollouts and updates']:.0f}"
-            print(f"{name:28s} {seed:<4d}   {'   '.join(columns)}   {seconds}", flush=True)
+            for name, summary in rows(options.experiment, seed, Path(folder, str(seed))).items():
+                show(name, str(seed), [summary])
+                found.setdefault(name, []).append(summary)
+        for name, summaries in found.items():
+            show(name, "mean", summaries)
+        if options.picture:
+            last = Path(folder, str(options.seeds[-1]))
+            draw({name: last / name for name in ("grpo", "shuffled")}, options.picture)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ A made task is a function of a random generator, so it has no end; what is held 
 digits to sort, the numbers and target of a Countdown, the expression to compute. Equal keys are never on both
 sides. Files are JSON or JSONL with `problem` (or `question`) and `answer`, in the manner of DeepScaleR, GSM8K
 (the answer after `####`) and MATH (the answer in the last box of `solution`).
+
+    python -m data.problems steps 5000 > thoughts.jsonl      solved problems as conversations for sft.py
 """
 
 import hashlib
@@ -11,13 +13,14 @@ import itertools
 import json
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from core.config import UserError, nearest
+from core.config import UserError, nearest, require, run_main
 from core.rewards import REWARDS, last_boxed
 from core.tools import run_commands
 from data.readers import Message, records
@@ -225,3 +228,14 @@ class Problems:
             pool = self.read[name] if name in self.read else made(name)
             found += itertools.islice((problem for problem in pool if problem.held_out), share)
         return found[:count]
+
+
+def main() -> None:
+    require(len(sys.argv) == 3 and sys.argv[2].isdecimal(), "python -m data.problems TASK_OR_FILE COUNT")
+    problems = Problems((sys.argv[1],), seed=0)
+    for index in range(int(sys.argv[2])):
+        print(json.dumps({"messages": problems.train(index).solved()}, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    run_main(main)

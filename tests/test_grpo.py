@@ -559,6 +559,19 @@ def test_resume_is_bitwise(tmp_path, monkeypatch):
     assert summaries[0]["before"] == summaries[1]["before"]
 
 
+def test_golden_trajectory(tmp_path, monkeypatch):
+    """Twenty rollouts as they were when this was written; another value means that training changed."""
+    share_right = lambda text, answer: sum(map(str.__eq__, text, answer)) / len(answer)  # noqa: E731
+    monkeypatch.setitem(grpo.REWARDS, "sorting", share_right)
+    main_with(monkeypatch, "--out", str(tmp_path), *SMALL, "--steps", "20", "--warm_steps", "60")
+    curve = {record["step"]: record for record in metrics(tmp_path) if "loss" in record}
+    found = [[curve[step][name] for name in ("reward", "grad_norm", "entropy")] for step in (1, 10, 20)]
+    assert found == [pytest.approx(golden, abs=5e-3) for golden in GOLDEN], found
+
+
+GOLDEN = [[0.031, 1.301, 3.901], [0.070, 1.544, 3.607], [0.023, 0.695, 3.398]]
+
+
 def two_processes(folder: str, arguments: list[str]) -> dict[str, torch.Tensor]:
     """A whole run on this process of two; its shard of the embedding at the end."""
     import sys

@@ -2,11 +2,13 @@
 
 import json
 import random
+import subprocess
+import sys
 import time
 
 import pytest
 
-from core import symbolic
+from core import algebra, symbolic
 from core.rewards import (
     countdown_reward,
     extract_answer,
@@ -15,6 +17,7 @@ from core.rewards import (
     same_answer,
     sorting_reward,
 )
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -239,6 +242,17 @@ def test_hostile_completions_are_scored_in_time(tmp_path):
         slowest = max(slowest, time.monotonic() - start)
     assert slowest < 1.0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the size of the process so far is read from /proc")
+def test_memory_of_a_question_is_limited():
+    """Work that needs more than its share of memory ends without an answer; a modest need is met."""
+    code = "import sys; from core import algebra; algebra.equal = lambda size, _: bool(bytearray(int(size)));"
+    code += "algebra.answer('equal', 9.0, sys.argv[1], '')"
+    for size, wanted in ((algebra.MAX_MEMORY // 4, "true"), (2 * algebra.MAX_MEMORY, "null")):
+        command = [sys.executable, "-c", code, str(size)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == wanted, done.stderr
 
 
 def test_random_texts_never_raise():
