@@ -14,6 +14,7 @@ stage; LLaVA first aligns the projector alone (--stage align).
     torchrun --nproc_per_node=8 vlm.py --preset moxin-7b --data llava_v1_5_mix665k.json --images pictures/
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +33,9 @@ from core.towers import LEARNT, train_towers
 from core.vision_checkpoint import load_vision_tower
 from core.vlm_checkpoint import load_projector, save_vlm
 from data.packing import Item
-from data.picture_batches import Example, PictureBatches, VisionFormat, collate, texts_of
+from data.picture_batches import Example, PictureBatches, VisionFormat, collate, texts_in
 from data.pictures import JoinedRows, Resize, Rows, check_data, open_rows
-from data.scene_rows import KINDS, SceneRows
+from data.scene_rows import KINDS, SceneRows, words_apart
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from model import PATCH, VLM, Transformer, VisionTower, flops_per_token, num_parameters
 from model import PRESETS as SHAPES
@@ -43,7 +44,7 @@ from model import Config as Shape
 
 @dataclass(kw_only=True)
 class Config(RunConfig):
-    stage: Literal["finetune", "align"] = "finetune"  # align trains the projector alone
+    stage: Literal["finetune", "align", "towers"] = "finetune"  # projector alone; small encoders alone
     data: tuple[str, ...] = ("scenes",)  # LLaVA .json, .jsonl, tar of pairs; scenes = drawn here
     images: str = ""  # folder that the files' picture names are relative to; empty = beside the file
     vision: tuple[str, ...] = ()  # encoders' files or folders, DINOv2's first; empty = small ones, made here
@@ -150,12 +151,13 @@ Part = tuple[Rows, range]  # of a data set, the rows in use
 def load_rows(config: Config) -> tuple[Part, dict[str, Part]]:
     """(training rows, held-out rows by name). Of files, the last --eval_rows rows are held out."""
     if config.data == ("scenes",):
-        options: dict[str, Any] = {"most": config.objects, "size": config.image_size}
-        train = SceneRows(config.scenes, config.seed, turns=config.turns, **options)
-        options["kinds"] = KINDS[:-1]  # a caption says many things: it has no one right answer
-        known = SceneRows(config.eval_rows, config.seed + 1, **options)
-        new = SceneRows(config.eval_rows // 3, config.seed + 2, held_out=True, **options)
-        held_out = {"": known, "new_pairs_": new}
+        size, most, count, seed = config.image_size, config.objects, config.eval_rows, config.seed
+        train = SceneRows(config.scenes, seed, most, size, config.turns)
+        asked = KINDS[:-1]  # a caption says many things: it has no one right answer
+        held_out = {"": SceneRows(count, seed + 1, most, size, kinds=asked)}
+        held_out["new_pairs_"] = SceneRows(count // 2, seed + 2, most, size, kinds=asked, held_out=True)
+        if most > 2:
+            held_out["up_to_two_"] = SceneRows(count, seed + 3, 2, size, kinds=asked)
         return (train, range(len(train))), {name: (rows, range(len(rows))) for name, rows in held_out.items()}
     rows = JoinedRows([open_rows(path, config.images) for path in config.data], config.seed, config.max_bad)
     split = len(rows) - config.eval_rows
@@ -174,12 +176,27 @@ def report_data(config: Config) -> None:
         raise UserError(f"{broken:,} broken rows, named above")
 
 
+def make_towers(config: Config, run: Run) -> dict[str, float]:
+    """The small encoders, trained by one process into the run folder; how often each is right on a patch."""
+    right = {}
+    if run.main:
+        sizes = config.image_size, config.tower_steps, config.tower_batch
+        right = train_towers(run.folder / "towers", *sizes, config.seed, run.device, run.say)
+    run.barrier()
+    return right
+
+
 def load_words(config: Config, rows: Rows) -> Tokenizer:
-    """The tokenizer of --init_from, or one trained on what is asked and answered."""
+    """The tokenizer of --init_from, or one trained on what is asked and answered, in the format's pieces."""
     if config.init_from:
         return load_tokenizer(resolve_folder(config.init_from))
-    texts = [text for i in range(min(2000, len(rows))) for text in rows.fetch(i, texts_of)]
-    return train_tokenizer([f"<|user|>\n{text}\n<|assistant|>\n{text}" for text in texts], config.vocab_size)
+    asked = "In: {}\nOut:" if config.chat_format == "pure" else "<|user|>\n{}\n<|assistant|>\n"
+    texts = []
+    for i in range(min(2000, len(rows))):
+        for message in rows.fetch(i, lambda row: row.messages):
+            text = " ".join(texts_in(message))
+            texts += words_apart(asked.format(text) if message["role"] == "user" else text)
+    return train_tokenizer(texts, config.vocab_size)
 
 
 def made_shape(config: Config, vocab_size: int) -> Shape:
@@ -195,6 +212,7 @@ def made_shape(config: Config, vocab_size: int) -> Shape:
         ffn_dim=config.dim * 11 // 4,
         max_seq_len=max(1024, config.seq_len),
         tied=True,
+        init_std=config.dim**-0.5,
     )
 
 
@@ -267,6 +285,9 @@ def answers_right(model: Transformer, examples: list[Example], size: int, run: R
     return np.array(run.sum(*right)) > 0
 
 
+CONTROLS = ("accuracy", "shuffled", "no_picture", "blind")
+
+
 def controls(examples: list[Example]) -> dict[str, list[Example]]:
     """The same questions with their pictures, with other questions' pictures, and with none."""
     kinds = np.array([0 if e.features is None else len(e.features) for e in examples])
@@ -294,15 +315,17 @@ def totals(values: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if "/" not in name}
 
 
-def table(values: dict[str, float]) -> str:
-    """Controls across, kinds down."""
-    columns = [name for name in values if "/" not in name]
+def table(values: dict[str, float], held_out: Iterable[str]) -> str:
+    """One table a held-out set: controls across, kinds down."""
     kinds = dict.fromkeys(name.partition("/")[2] for name in values)
-    lines = ["right answers ".ljust(14) + "".join(column.rjust(20) for column in columns)]
-    for kind in kinds:
-        cells = [values.get(f"{column}/{kind}" if kind else column) for column in columns]
-        shown = ["-" if cell is None else f"{cell:.3f}" for cell in cells]
-        lines.append((kind or "all").ljust(14) + "".join(cell.rjust(20) for cell in shown))
+    lines = []
+    for name in held_out:
+        lines.append((name.replace("_", " ") or "all ").ljust(12) + "".join(c.rjust(12) for c in CONTROLS))
+        for kind in kinds:
+            cells = [
+                values[f"{name}{control}/{kind}" if kind else f"{name}{control}"] for control in CONTROLS
+            ]
+            lines.append((kind or "all").ljust(12) + "".join(f"{cell:12.3f}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -315,16 +338,15 @@ def main() -> None:
     (rows, training), held_out_rows = load_rows(config)
 
     run = Run(config, "vlm")
+    if config.stage == "towers":
+        return run.finish({"after": make_towers(config, run)}, ())
     share = run.rows(config.batch_size)
     tokenizer = load_words(config, rows)
     sources = [path if Path(path).exists() else resolve_folder(path) for path in config.vision]
     if sources:
         tower = load_vision_tower(*sources, image_size=config.image_size)
     else:
-        if run.main:
-            sizes = config.image_size, config.tower_steps, config.tower_batch
-            train_towers(run.folder / "towers", *sizes, config.seed, run.device, run.say)
-        run.barrier()
+        make_towers(config, run)
         tower = load_vision_tower(*(run.folder / "towers" / name for name in LEARNT))
     tower.to(run.device, run.dtype)
 
@@ -401,7 +423,7 @@ def main() -> None:
     blind_one = {
         name.replace("no_picture", "blind"): value for name, value in before.items() if "no_picture" in name
     }
-    run.say(table(after | blind_one))
+    run.say(table(after | blind_one, held_out))
     checkpoints.wait()
     settings = {"chat_format": config.chat_format, "resize": config.resize}
     save_vlm(model, tower, run.folder / "model", tokenizer, **settings)

@@ -1,14 +1,13 @@
 """What vlm.py learns from real pictures, and the way from words to a drawing and back.
 
-    python benchmarks/vlm_pictures.py nlvr FOLDER [vlm.py's options]      true or false statements about
-    pictures python benchmarks/vlm_pictures.py emoji FOLDER [vlm.py's options]     names of emoji in English
-    and Chinese python benchmarks/vlm_pictures.py round_trip MODEL [--count 100]      description -> drawing
-    -> description
+    python benchmarks/vlm_pictures.py nlvr FOLDER [options of vlm.py]     true or false statements
+    python benchmarks/vlm_pictures.py emoji FOLDER [options of vlm.py]    names in English and Chinese
+    python benchmarks/vlm_pictures.py round_trip MODEL [--count 100]      description, drawing, description
 
 FOLDER is one of `nlvr/` (statements.jsonl, images/: Suhr et al. 2017) and `emoji/` (captions.json, pictures).
 The data is written down as LLaVA rows, the last ones held out (statements and pictures that training never
 saw), and given to vlm.py, which prints the share of right answers with the right picture, with another, and
-with none.
+with none. Names of emoji are then looked for among those of 100 held-out pictures.
 """
 
 import argparse
@@ -24,12 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core import tools
-from core.generate import generate
 from core.scenes import SceneError, describe, parse, random_scene
-from core.vlm_checkpoint import load_vlm, load_vlm_tower
-from data.picture_batches import render_row
-from data.pictures import Row, load_picture, prepare
-from data.tokenizer import load_tokenizer
+from data.scene_rows import HELD_OUT, pairs
+from data.seeing import Seer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,23 +50,35 @@ def nlvr_rows(folder: Path, rng: random.Random) -> tuple[list[dict], list[dict]]
 
 
 def emoji_rows(folder: Path, rng: random.Random) -> tuple[list[dict], list[dict]]:
-    """(training, held-out) rows: which of four names, in either language, belongs to the picture."""
-    records = [
-        r for r in json.loads((folder / "captions.json").read_text()) if (folder / r["file"]).is_file()
-    ]
+    """(training, held-out) rows: a picture's name, once in each language."""
+    records = json.loads((folder / "captions.json").read_text())
+    records = [record for record in records if (folder / record["file"]).is_file()]
     rng.shuffle(records)
-    split = len(records) * 4 // 5
-    sides = []
-    for part in (records[:split], records[split:]):
-        rows = []
-        for record in part:
-            for language, ask in (("en", "Which is it?"), ("zh", "这是哪个？")):
-                names = [r[language] for r in rng.sample(part, 4) if r is not record][:3] + [record[language]]
-                rng.shuffle(names)
-                choices = "\n".join(f"{letter}. {name}" for letter, name in zip("ABCD", names, strict=False))
-                rows.append(row(record["file"], f"{ask}\n{choices}", "ABCD"[names.index(record[language])]))
-        sides.append(rows)
-    return sides[0], sides[1]
+    asked = {"en": "What is it?", "zh": "这是什么？"}
+    rows = [row(r["file"], question, r[language]) for r in records for language, question in asked.items()]
+    split = 2 * (len(records) * 4 // 5)
+    return rows[:split], rows[split:]
+
+
+@torch.no_grad()
+def retrieve(folder: Path, pictures: Path, rows: list[dict]) -> None:
+    """How high each picture's own name ranks among the names of all, by log p(name | picture) less its mean
+    over the pictures (a name may be likely whatever is seen). Recall at 1 and 10, and what chance gives."""
+    seer, count = Seer(folder), len(rows)
+    features = seer.look([pictures / row["image"] for row in rows])
+    question = rows[0]["conversations"][0]["value"].removeprefix("<image>\n")
+    prompt = seer.prompt(question)
+    scores = torch.empty(count, count)  # [name, picture]
+    for number, row in enumerate(rows):
+        name = [*seer.tokenizer.encode(row["conversations"][1]["value"]), seer.tokenizer.eos_id]
+        tokens = torch.tensor([prompt + name]).expand(count, -1)
+        targets = torch.tensor([[-100] * (len(prompt) - 1) + name + [-100]]).expand(count, -1)
+        logp, _ = seer.model.logprobs(tokens, targets, features=features)
+        scores[number] = logp.sum(1)
+    scores -= scores.mean(1, keepdim=True)
+    rank = (scores > scores.diagonal()).sum(0)  # names that fit picture j better than its own
+    found = ", ".join(f"at {k} {(rank < k).float().mean():.2f} (chance {k / count:.2f})" for k in (1, 10))
+    print(f"{question} {count} held-out pictures, own name found {found}")
 
 
 def learn(kind: str, folder: Path, options: list[str]) -> None:
@@ -96,38 +104,35 @@ def learn(kind: str, folder: Path, options: list[str]) -> None:
         ]
         command += ["--eval_rows", str(len(held_out)), "--out", f"{temporary}/run", *options]
         subprocess.run(command, check=True, cwd=ROOT)
+        for language in (0, 1) if kind == "emoji" else ():
+            retrieve(Path(temporary) / "run/model", folder, held_out[language:200:2])
 
 
 def round_trip(folder: Path, count: int, most: int) -> None:
     """Describe random scenes, have the text-to-image tool draw them, and the model read the drawings back."""
-    model, (tower, settings) = load_vlm(folder), load_vlm_tower(folder)
-    tokenizer = load_tokenizer(folder)
-    rng = random.Random(123)
-    same = parts = total = 0
-    scenes = [random_scene(rng, rng.randint(1, most)) for _ in range(count)]
-    prompts, features = [], []
-    for number, scene in enumerate(scenes):
-        language = ("en", "zh")[number % 2]
-        _, picture = tools.call("Text2Image", describe(scene, language), 2.0)
-        means = tuple(config.mean for config in tower.configs)
-        pixels = prepare(load_picture(picture), tower.image_size, settings["resize"], means)
-        features.append(tower(pixels[None]))
-        question = "Describe the picture." if language == "en" else "描述这张图片。"
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        asked = Row([{"role": "user", "content": content}, {"role": "assistant", "content": ""}], [picture])
-        item = render_row(asked, tokenizer, settings["chat_format"], tower.tokens)
-        prompts.append(item.ids[: int(item.mask.argmax())].tolist())
-    stop = (tokenizer.eos_id,)
-    made = generate(model, prompts, 96, temperature=0, stop_ids=stop, tokenizer=tokenizer, features=features)
-    for scene, (completion,) in zip(scenes, made, strict=True):
+    seer, rng = Seer(folder), random.Random(123)
+    scenes = []
+    while len(scenes) < count:
+        scene = random_scene(rng, rng.randint(1, most))
+        if not pairs(*scene.items) & HELD_OUT:  # colours on shapes that training has shown
+            scenes.append(scene)
+    languages = [("en", "zh")[number % 2] for number in range(count)]
+    drawn = [
+        tools.call("Text2Image", describe(scene, language), 2.0)[1]
+        for scene, language in zip(scenes, languages, strict=True)
+    ]
+    questions = ["Describe the picture." if language == "en" else "描述这张图片。" for language in languages]
+    answers = seer.answer(questions, seer.look(drawn).split(1), 64)
+    whole = found = things = 0
+    for scene, answer in zip(scenes, answers, strict=True):
         try:
-            read = set(parse(tokenizer.decode(completion.tokens[:-1])).items)
+            read = set(parse(answer).items)
         except SceneError:
             read = set()
-        same += read == set(scene.items)
-        parts += len(read & set(scene.items))
-        total += len(scene.items)
-    shares = f"{same / count:.2f} of the scenes whole, {parts / total:.2f} of the things in them"
+        whole += read == set(scene.items)
+        found += len(read & set(scene.items))
+        things += len(scene.items)
+    shares = f"{whole / count:.2f} of the scenes whole, {found / things:.2f} of the {things} things in them"
     print(f"{count} descriptions drawn and read back: {shares}")
 
 

@@ -35,8 +35,9 @@ def make_adamw(
 def make_muon(
     model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
 ) -> "Muon":
-    """Muon for the matrices inside the layers, AdamW for embeddings, head, norms and biases."""
-    hidden = {id(p) for p in model.layers.parameters() if p.ndim == 2}
+    """Muon for the matrices inside layers and projector, AdamW for embeddings, head, norms and biases."""
+    inside = ("layers.", "projector.")
+    hidden = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(inside)}
     rest = [p for p in model.parameters() if id(p) not in hidden]
     groups = [
         {

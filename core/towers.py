@@ -27,9 +27,10 @@ LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Fields of what a patch shows; class 0 of each is background, or nothing of the kind.
 CLASSES = {"shape": len(SHAPES) + 2, "size": len(SIZES) + 1, "colour": len(COLOURS) + 1}
 CLASSES["letter"] = len(LETTERS) + 1
+CLASSES["row"] = CLASSES["column"] = 3 + 1  # of the patch, whatever it shows
 POOL, TEST = 3000, 200  # scenes to learn from, and to be asked about afterwards
-# Each encoder's fields, and its share of the steps: colours are soon learnt.
-LEARNT = {"dino-tiny": (("shape", "size", "letter"), 1.0), "siglip-tiny": (("colour",), 0.3)}
+# Each encoder's fields, and its share of the steps.
+LEARNT = {"dino-tiny": (("shape", "size", "row", "column"), 0.6), "siglip-tiny": (("colour", "letter"), 1.0)}
 
 
 def one_letter(scene: Scene) -> Scene:
@@ -41,6 +42,7 @@ def patch_classes(scene: Scene, grid: int) -> Tensor:
     """[grid * grid, fields] int64: what each patch shows, in the order of CLASSES. `grid` is a multiple of
     3."""
     cells = torch.zeros(3, 3, len(CLASSES), dtype=torch.long)
+    cells[..., -2], cells[..., -1] = 1 + torch.arange(3)[:, None], 1 + torch.arange(3)
     for item in scene.items:
         known = [
             [*SHAPES, "text"].index(item.shape),
@@ -76,11 +78,15 @@ def train_towers(
     seed: int,
     device: torch.device,
     say: Callable[[str], None],
-) -> None:
-    """Both encoders, for pictures of `size` pixels, into `folder`; what is there already is left as it is."""
+) -> dict[str, float]:
+    """Both encoders, for pictures of `size` pixels, into `folder`; what is there already is left as it is.
+
+    Returns the share of new scenes' patches that each made one names rightly, by "encoder/field".
+    """
     missing = [name for name in LEARNT if not (folder / name / "config.json").is_file()]
+    found: dict[str, float] = {}
     if not missing:
-        return
+        return found
     pictures, classes = draw_scenes(
         min(POOL, steps * batch_size) + TEST, size, VISION_PRESETS[missing[0]].grid, seed
     )
@@ -93,6 +99,8 @@ def train_towers(
         shares = ", ".join(f"{field} {share:.3f}" for field, share in right.items())
         say(f"{name}: {own_steps} steps, then right on {shares} of new scenes' patches")
         save_vision_encoder(encoder, folder / name)
+        found |= {f"{name}/{field}": share for field, share in right.items()}
+    return found
 
 
 def draw_scenes(count: int, size: int, grid: int, seed: int) -> tuple[Tensor, Tensor]:

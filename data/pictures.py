@@ -42,7 +42,7 @@ IMAGE = "<image>"  # where a picture stands, in LLaVA's files
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-Source = Path | bytes | Image.Image
+Source = Path | bytes | Image.Image | Callable[[], Image.Image]
 Resize = Literal["naive", "crop", "letterbox"]
 
 
@@ -62,7 +62,7 @@ def load_picture(source: Source, turn_upright: bool = True) -> Image.Image:
     """Open a picture as RGB: first frame, upright, transparency laid on white, 16 bits scaled to 8.
 
     Args:
-        source: a path, the bytes of a file, or a picture already in memory.
+        source: a path, the bytes of a file, a picture already in memory, or a function that draws one.
         turn_upright: obey the camera's EXIF orientation. Prismatic does not: False repeats it exactly.
 
     Raises:
@@ -70,6 +70,8 @@ def load_picture(source: Source, turn_upright: bool = True) -> Image.Image:
     """
     name = str(source) if isinstance(source, Path) else "picture in memory"
     try:
+        if callable(source):
+            source = source()
         if isinstance(source, Image.Image):
             return to_rgb(source)
         if isinstance(source, Path) and not source.is_file():  # a pipe or a device would block for ever

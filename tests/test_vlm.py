@@ -24,18 +24,20 @@ from core.vlm_checkpoint import load_published_vlm, load_vlm, load_vlm_tower
 from data.chat import render
 from data.packing import Item
 from data.picture_batches import Example, PictureBatches, collate, render_row
-from data.pictures import BadRow, Row
-from data.scene_rows import HELD_OUT, KINDS, SceneRows, pairs
+from data.pictures import BadRow, Row, load_picture
+from data.scene_rows import CHINESE, HELD_OUT, KINDS, SceneRows, pairs, words_apart
+from data.seeing import Seer
 from data.tokenizer import train_tokenizer
 from model import PATCH, VISION_PRESETS, VLM, Config, VisionEncoder, VisionTower
 from tests.conftest import run_processes
 
+ROOT = Path(__file__).resolve().parent.parent
 FAST = "--scenes 40 --objects 2 --eval_rows 27 --turns 2".split()
 FAST += "--tower_steps 2 --tower_batch 2 --blind_steps 2 --layers 1 --dim 32".split()
 FAST += (
     "--vocab_size 300 --batch_size 4 --micro_batch_size 4 --steps 6 --warmup_steps 2 --log_every 1".split()
 )
-FAST += "--eval_every 0 --save_every 3".split()
+FAST += "--eval_every 0 --save_every 3 --chat_format tulu".split()
 
 
 def run(out: Path, *words: str) -> list[float]:
@@ -300,6 +302,57 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
         assert torch.equal(words(tokens), model(tokens))
 
 
+def test_golden_trajectory(finished: Path, tmp_path: Path) -> None:
+    """Twenty steps as they were when this was written; another value means that training changed."""
+    words = ["--vision", *(str(finished / "towers" / name) for name in ("dino-tiny", "siglip-tiny"))]
+    curve = run(tmp_path / "run", "--steps", "20", *words)
+    assert curve == pytest.approx(json.loads((ROOT / "tests/fixtures/golden_vlm.json").read_text()), abs=2e-4)
+
+
+def test_towers_can_be_made_alone(finished: Path, tmp_path: Path) -> None:
+    run(tmp_path / "alone", "--stage", "towers")
+    for name in ("dino-tiny", "siglip-tiny"):
+        made, same = (
+            (folder / "towers" / name / "model.safetensors") for folder in (tmp_path / "alone", finished)
+        )
+        assert made.read_bytes() == same.read_bytes()
+    right = json.loads((tmp_path / "alone/summary.json").read_text())["after"]
+    assert set(right) >= {"dino-tiny/shape", "siglip-tiny/colour"} and not (tmp_path / "alone/model").exists()
+
+
+@pytest.mark.parametrize("chat_format", ["tulu", "pure"])
+def test_answers_in_batches(chat_format: str, finished: Path) -> None:
+    """One by one through the model and many at a time through `Seer`: the same words, whatever the format."""
+    seer = Seer(finished / "model")
+    seer.chat_format = chat_format
+    rows = SceneRows(3, seed=11)
+    features = seer.look([rows.find(str(i)) for i in range(3)])
+    questions = [rows.make(i)[1][0][1].text for i in range(3)]
+    answers = seer.answer(questions, [features[:1], None, features[1:]], 6)
+    for question, seen, answer in zip(questions, [features[:1], None, features[1:]], answers, strict=True):
+        ids = seer.prompt(question, 0 if seen is None else len(seen))
+        written: list[int] = []
+        while len(written) < 6 and seer.tokenizer.eos_id not in written:
+            with torch.no_grad():
+                logits = seer.model(torch.tensor([ids + written]), features=seen)
+            written.append(int(logits[0, -1].argmax()))
+        kept = written[:-1] if written[-1] == seer.tokenizer.eos_id else written
+        assert seer.tokenizer.decode(kept).strip() == answer
+    content = [{"type": "image"}, {"type": "text", "text": questions[0]}]
+    talk = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
+    taught = render_row(Row(talk, [Path("a")]), seer.tokenizer, chat_format, 36)
+    assert seer.prompt(questions[0]) == taught.ids[: int(taught.mask.argmax())].tolist()
+
+
+def test_a_chinese_word_is_a_token() -> None:
+    rows = SceneRows(400, seed=2)
+    texts = [question.text for i in range(400) for _, question in rows.make(i)[1]]
+    tokenizer = train_tokenizer([piece for text in texts for piece in words_apart(text)], 600)
+    for text in ("紫色五角星在哪里？", "黄色三角形在红色圆形的左边吗？"):
+        tokens = [tokenizer.decode([token]) for token in tokenizer.encode(text)]
+        assert set(CHINESE.values()) & set(words_apart(text)) <= set(tokens)
+
+
 def test_resume_is_bitwise(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after step 4, with a checkpoint at 3, the run ends with the same numbers."""
     real = vlm.take_step
@@ -362,7 +415,7 @@ def test_own_data_with_text_alone_and_a_broken_picture(
         if i % 2:
             del record["image"]
         else:
-            scenes.find(record["image"]).save(tmp_path / f"{i}.png")
+            load_picture(scenes.find(record["image"])).save(tmp_path / f"{i}.png")
             record["image"] = f"{i}.png"
     (tmp_path / "4.png").write_bytes(b"broken")
     (tmp_path / "rows.json").write_text(json.dumps(records, indent=1))
@@ -384,7 +437,7 @@ def test_own_data_with_text_alone_and_a_broken_picture(
 
 
 def test_chat_looks_at_a_picture_once(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    SceneRows(1).find("0").save(tmp_path / "scene.png")
+    load_picture(SceneRows(1).find("0")).save(tmp_path / "scene.png")
     config = chat.Config(model=str(finished / "model"), device="cpu", temperature=0, max_new_tokens=3)
     model, tokenizer, sampling = chat.load(config)
     eyes = chat.load_eyes(finished / "model", model)
@@ -457,7 +510,7 @@ def test_scene_questions_have_exact_answers() -> None:
     new = SceneRows(90, seed=5, held_out=True)
     assert all(pairs(*new.make(i)[0].items) & HELD_OUT for i in range(90))
     scene, _ = rows.make(0)
-    assert rows.row(0).pictures[0].tobytes() == draw(scene, 96).tobytes()
+    assert load_picture(rows.row(0).pictures[0]).tobytes() == draw(scene, 96).tobytes()
     classes = patch_classes(scene, 6)
     assert classes.shape == (36, len(CLASSES)) and (classes[:, 0] > 0).sum() == 4 * len(scene.items)
 
