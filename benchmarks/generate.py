@@ -4,14 +4,16 @@
 
 Without --model, a Llama of 135 M parameters with random weights. Workloads:
 
-one       one greedy answer of 64 tokens even      32 sampled answers of 64 tokens each ragged    sampled
-answers of up to 256 tokens to prompts of 8 to 64, 32 at a time. They end at a stop id; the stop
-          ids have one part in fifty of the model's probability, so that an answer has some fifty tokens, as a
-          geometric distribution scatters them. What is computed after an answer's end does not count
-prefill   reading 8 prompts of 250 tokens
+- one: one greedy answer of 64 tokens
+- even: 32 sampled answers of 64 tokens each
+- ragged: sampled answers of up to 256 tokens to prompts of 8 to 64, 32 at a time. They end at a stop id; the
+  stop ids have one part in fifty of the model's probability, so that an answer has some fifty tokens, as a
+  geometric distribution scatters them. What is computed after an answer's end does not count
+- prefill: reading 8 prompts of 250 tokens
 
-Each repeat runs ours and theirs in turn; time is CPU seconds of the process, and the fastest repeat counts.
-Memory is the peak resident set of a process that loads the model and does the ragged work once.
+Our weights are joined for `one` and packed for the others (core.decode). Each repeat runs ours and theirs in
+turn; time is CPU seconds of the process, and the fastest repeat counts. Memory is the peak resident set of a
+process that loads the model and does the ragged work once.
 """
 
 import argparse
@@ -30,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from core.checkpoint import load_pretrained, save_pretrained
-from core.decode import join_weights
+from core.decode import join_weights, pack_weights
 from core.generate import generate
 from model import Config, Transformer
 
@@ -75,7 +77,7 @@ def workloads(model: Transformer, requests: int) -> dict[str, dict[str, Any]]:
 
 
 def load_ours(folder: str) -> Transformer:
-    return join_weights(load_pretrained(folder))
+    return pack_weights(load_pretrained(folder))
 
 
 def ours(model: Transformer, prompts: list[list[int]], **options: Any) -> int:
@@ -142,7 +144,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=128, help="prompts of the ragged workload")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", default="one,even,ragged,prefill,memory", help="workloads, comma-separated")
+    parser.add_argument("--only", default="even,ragged,prefill,one,memory", help="workloads, comma-separated")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
@@ -162,6 +164,8 @@ def main() -> None:
                     flush=True,
                 )
                 continue
+            if name == "one":
+                models["ours"] = join_weights(load_pretrained(folder))
             speed = dict.fromkeys(SIDES, 0.0)
             for _ in range(options.repeats):
                 for side, (_, run) in SIDES.items():

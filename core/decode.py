@@ -16,18 +16,29 @@ from kernels import attention, decode_attention, make_bounds
 from kernels.attention import choose
 from model import Config, Transformer, rotary_tables, rotate
 
+TYPICAL_ROWS = 32  # weights are packed for products with about this many rows; others cost little more
+WORTH_PACKING = 256  # widths from which the product takes longer than oneDNN takes to start it
+
 
 class Prefill:
-    """A cache that only remembers: prompts [B, T] attend to themselves; their keys and values are kept."""
+    """A cache that only remembers. Prompts lie end to end in one row, without padding, and attend each to
+    itself; their keys and values are kept."""
 
-    def __init__(self, config: Config, length: int, device: torch.device) -> None:
-        window = config.sliding_window if config.sliding_window < length else 0
-        self.bounds = make_bounds(length, window=window, device=device) if window else None
-        self.layers: list[tuple[Tensor, Tensor]] = []  # k, v [B, T, KV, D]
+    def __init__(self, config: Config, lengths: list[int], device: torch.device) -> None:
+        self.lengths = lengths
+        self.positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        self.bounds = {  # by length, where the window cuts something off
+            length: make_bounds(length, window=config.sliding_window, device=device)
+            for length in lengths
+            if 0 < config.sliding_window < length
+        }
+        self.layers: list[tuple[Tensor, Tensor]] = []  # k, v [1, all tokens, KV, D]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.layers.append((k, v))
-        return attention(q, k, v, bounds=self.bounds)
+        each = zip(*(x.split(self.lengths, dim=1) for x in (q, k, v)), strict=True)
+        outs = [attention(*qkv, bounds=self.bounds.get(qkv[0].shape[1])) for qkv in each]
+        return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
 
 
 class Cache:
@@ -48,13 +59,14 @@ class Cache:
         # Where the first place of each slot and head is in the flattened cache.
         self.starts = torch.arange(slots * shape[1], device=self.columns.device).view(slots, -1) * capacity
 
-    def insert(self, slot: int, prefill: Prefill, row: int, length: int) -> None:
+    def insert(self, slot: int, prefill: Prefill, row: int) -> None:
         """Copy the last positions of a prefilled prompt into a slot."""
+        begin, length = sum(prefill.lengths[:row]), prefill.lengths[row]
         first = max(0, length - self.capacity)
         places = torch.arange(first, length, device=self.columns.device) % self.capacity
         for own, (k, v) in zip(self.layers, prefill.layers, strict=True):
-            new = torch.cat((k[row, first:length], v[row, first:length]), dim=1)  # [T, 2 KV, D]
-            own[slot].index_copy_(1, places, new.transpose(0, 1))
+            for new, heads in zip((k, v), own[slot].chunk(2), strict=True):
+                heads.index_copy_(1, places, new[0, begin + first : begin + length].transpose(0, 1))
 
     def move(self, source: int, target: int) -> None:
         """Copy a slot over another."""
@@ -90,7 +102,7 @@ class Cache:
 class Decoder:
     """tokens [n], positions [n] -> logits [n, V], reading and extending a cache.
 
-    The model's weights are used where they are, joined or not.
+    The model's weights are used where they are, joined, packed or as they are.
     """
 
     def __init__(self, model: Transformer, cache: Cache, length: int) -> None:
@@ -191,6 +203,18 @@ def joined_matrix(group: list[nn.Module]) -> Tensor | None:
     return weights[0].detach().as_strided((weights[0].shape[1], width), (width, 1))
 
 
+class PackedLinear(nn.Module):
+    """nn.Linear whose weight lies in the blocks in which oneDNN multiplies (float32, on a CPU)."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.bias = linear.bias
+        self.blocks = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), TYPICAL_ROWS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, "none", [], "")
+
+
 @torch.no_grad()
 def join_weights(model: Transformer) -> Transformer:
     """Re-lay a model's weights in memory for decoding, in place: [in, out] order, and matrices that read the
@@ -208,4 +232,25 @@ def join_weights(model: Transformer) -> Transformer:
         columns = joined.split([module.weight.shape[0] for module in group], dim=1)
         for module, own in zip(group, columns, strict=True):
             module.weight.data = own.t()
+    return model
+
+
+@torch.no_grad()
+def pack_weights(model: Transformer) -> Transformer:
+    """Lay a model's weights out for many sequences at a time, in place: packed, or joined where they are
+    small or cannot be packed.
+
+    Packed matrices are no parameters: the model can then be used, but neither trained nor saved. Worth about
+    1.5 x on a CPU from four sequences on, in reading prompts too, since MKL packs a weight anew for every
+    product. Where the head shares its weight with the embedding, that one is then held twice.
+    """
+    weight = model.embed.weight
+    large = model.config.dim >= WORTH_PACKING and torch.backends.mkldnn.is_available()
+    if not large or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return join_weights(model)
+    parents = [part for layer in model.layers for part in (layer.attention, layer.mlp)]
+    for parent in [*parents, model]:
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, PackedLinear(child))
     return model

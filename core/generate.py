@@ -10,20 +10,22 @@ order or on the batch size.
 
 import codecs
 import hashlib
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from core.config import UserError
 from core.decode import Cache, Decoder, Prefill
 from model import PATCH, Transformer
 
-PREFILL_TOKENS = 16_384  # most tokens, padding included, in one prefill forward
+PREFILL_TOKENS = 16_384  # most tokens in one prefill forward
 
 
 @dataclass
@@ -222,7 +224,7 @@ class Batch:
             prefill, line, _ = self.prefilled[self.same[p]]
             length = len(self.prompts[p])
             self.slots[row] = Slot(p, s, length, min(length + self.max_new_tokens, self.limit))
-            self.decoder.cache.insert(row, prefill, line, length)
+            self.decoder.cache.insert(row, prefill, line)
             self.positions[row], self.steps[row] = length, 0
             self.uniforms[row] = uniforms(self.seed, p // self.sides, s, self.uniforms.shape[1])
             if self.seen is not None:
@@ -237,22 +239,19 @@ class Batch:
             yield self.record(row, token, logprob)
 
     def prefill(self, prompts: list[int]) -> None:
-        """Run prompts, shortest first, in batches padded on the right, where causal order hides it."""
+        """Run prompts, as many at a time as make PREFILL_TOKENS."""
         while prompts:
-            count = 1
-            while count < len(prompts) and (count + 1) * len(self.prompts[prompts[count]]) <= PREFILL_TOKENS:
-                count += 1
+            lengths = list(accumulate(len(self.prompts[p]) for p in prompts))
+            count = max(1, bisect_right(lengths, PREFILL_TOKENS))
             batch, prompts = prompts[:count], prompts[count:]
-            rows = [torch.tensor(self.prompts[p]) for p in batch]
-            padded = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)  # [B, T]
-            prefill = Prefill(self.model.config, padded.shape[1], self.device)
+            prefill = Prefill(self.model.config, [len(self.prompts[p]) for p in batch], self.device)
+            tokens = torch.tensor([[token for p in batch for token in self.prompts[p]]], device=self.device)
             seen = [] if self.features is None else [f for p in batch if (f := self.features[p]) is not None]
             pictures = {"features": torch.cat(seen).to(self.device)} if seen else {}
-            hidden = self.model.hidden_states(padded, cache=prefill, **pictures)
-            last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
-            logits = self.model.head(hidden[torch.arange(count, device=self.device), last])
-            for line, p in enumerate(batch):
-                self.prefilled[p] = (prefill, line, logits[line])
+            hidden = self.model.hidden_states(tokens, positions=prefill.positions, cache=prefill, **pictures)
+            last = torch.tensor(lengths[:count], device=self.device) - 1
+            for line, (p, logits) in enumerate(zip(batch, self.model.head(hidden[0, last]), strict=True)):
+                self.prefilled[p] = (prefill, line, logits)
             if self.decoder is None:
                 self.decoder = Decoder(self.model, Cache(prefill, len(self.slots), self.capacity), self.limit)
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 import core.generate
-from core.checkpoint import load_pretrained
+from core.checkpoint import load_pretrained, save_pretrained
 from core.config import UserError
-from core.decode import Decoder, join_weights
+from core.decode import Decoder, PackedLinear, join_weights, pack_weights
 from core.generate import Batch, Completion, Sampling, distribution, generate, stream, uniforms
 from core.parallel import unsharded
+from data.tokenizer import load_tokenizer
 from model import Config, Transformer
 from tests.conftest import ROOT, run_processes
 
@@ -341,6 +342,26 @@ def test_joined_weights_follow_updates() -> None:
     assert [s[0].tokens for s in generate(model, prompts_of(5, 9), 8, temperature=0)] == expected
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_weights_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices packed for batches: same greedy tokens, and log-probabilities of a forward with plain ones."""
+    monkeypatch.setattr("core.decode.WORTH_PACKING", 1)
+    plain, packed = Transformer(MODELS[name], seed=1), pack_weights(Transformer(MODELS[name], seed=1))
+    assert isinstance(packed.head, PackedLinear) and isinstance(packed.layers[0].mlp.down, PackedLinear)
+    prompts = prompts_of(30, 30)
+    done = generate(packed, prompts, 12, temperature=0, stop_ids=(3, 4, 5), max_batch=7)
+    assert [s[0].tokens for s in done] == [without_cache(plain, p, 12, (3, 4, 5)) for p in prompts]
+    for prompt, (sample,) in zip(prompts, done, strict=True):
+        with torch.no_grad():
+            logits = plain(torch.tensor([prompt + sample.tokens]))[0, len(prompt) - 1 : -1]
+        best = logits.log_softmax(-1).max(-1).values
+        assert (best - torch.tensor(sample.logprobs)).abs().max() < 1e-4
+
+
+def test_small_models_are_joined_not_packed() -> None:
+    assert type(pack_weights(Transformer(MODELS["llama"])).head) is torch.nn.Linear
+
+
 def generate_sharded(name: str) -> tuple[list[list[int]], str]:
     """In a group of processes: each generates a different amount from one sharded model."""
     model = Transformer(MODELS[name], seed=1)
@@ -365,11 +386,18 @@ def test_sharded_models_generate_when_gathered(tmp_path: Path) -> None:
         assert "core.parallel.unsharded" in error
 
 
-def test_real_story(real_data: Path) -> None:
-    """Greedy from BOS, token for token as transformers."""
+def test_real_story(real_data: Path, tmp_path: Path) -> None:
+    """Greedy from BOS, token for token as transformers; also with the weights laid out otherwise, and after
+    save and load."""
     folder = real_data / "stories260k"
-    model = load_pretrained(folder)
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected = reference.generate(torch.tensor([[1]]), max_new_tokens=200, do_sample=False)[0, 1:].tolist()
-    assert generate(model, [[1]], 200, temperature=0)[0][0].tokens[: len(expected)] == expected
-    assert generate(join_weights(model), [[1]], 200, temperature=0)[0][0].tokens[: len(expected)] == expected
+    save_pretrained(load_pretrained(folder), tmp_path, load_tokenizer(folder))
+    for model in (load_pretrained(folder), join_weights(load_pretrained(folder)), load_pretrained(tmp_path)):
+        told = generate(model, [[1]], 200, temperature=0)[0][0].tokens
+        assert told[: len(expected)] == expected
+    assert (
+        load_tokenizer(tmp_path)
+        .decode(told)
+        .startswith("Once upon a time, there was a little girl named Lily.")
+    )
