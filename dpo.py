@@ -16,8 +16,8 @@ chosen answers become less likely too, only more slowly than the rejected (`chos
     torchrun --nproc_per_node=8 dpo.py --preset moxin-7b --init_from SFT_MODEL
 """
 
-import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,23 +28,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.checkpoint import load_weights, read_config, resolve_folder, save_pretrained
+from core.checkpoint import load_weights, read_config, save_pretrained
 from core.config import UserError, parse, require, run_main
 from core.estimate import print_estimate
 from core.optimizer import make_adamw, take_step
 from core.parallel import new_model, unsharded
-from core.resume import Checkpointer
-from core.run import Run, Speedometer, SpikeGuard, due
-from data.demonstrations import small_shape
+from core.run import Run
+from core.watch import Watch
 from data.judges import RuleJudge
 from data.packing import Packer
-from data.pair_batches import PairBatch, PairConfig, PairData, PairItem, fingerprint, load_pairs, pair_batches
+from data.pair_batches import SMALL, PairBatch, PairConfig, PairData, PairItem, fingerprint, micro_batches
 from data.pairs import start_and_pairs, weights_hash
 from data.prompts import Prompt, read_prompts
 from data.replies import replies
-from data.tokenizer import load_tokenizer
-from kernels import make_bounds
-from model import Transformer, flops_per_token, num_parameters
+from model import Transformer
 
 
 @dataclass(kw_only=True)
@@ -52,8 +49,6 @@ class Config(PairConfig):
     loss: Literal["sigmoid", "sigmoid_norm"] = "sigmoid_norm"  # of summed or of average log-probabilities
     beta: float = 5.0  # how far from the reference: small = far. 5 suits averages, 0.1 sums
     nll_coef: float = 0.0  # adds this x the chosen answer's loss a token (arXiv 2404.19733, eq. 1)
-    epochs: float = 1.0  # passes over the pairs; 0 = --steps
-    warmup_ratio: float = 0.1  # share of the steps that warm up
     reference: str = ""  # file that keeps the reference's log-probabilities; empty = in the run folder
 
     def __post_init__(self) -> None:
@@ -69,11 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         weight_decay=0.0, log_every=5, eval_every=20, save_every=20,
     ),
     # Ours, for one GPU: a larger model on the same task.
-    "small": dict(
-        warm_steps=300, warm_batch=256, warm_lr=1e-3, layers=6, dim=384, heads=6, made_prompts=8000,
-        seq_len=64, batch_size=128, micro_batch_size=256, epochs=2, lr=2e-5, schedule="linear",
-        weight_decay=0.0, log_every=5, eval_every=50, save_every=50,
-    ),
+    "small": dict(SMALL, epochs=2, lr=2e-5, weight_decay=0.0, log_every=5, eval_every=50, save_every=50),
     # Moxin's script for open-instruct: length-normalised, beta 5, 5e-7 linear, warm-up 10 %, one epoch of
     # pairs up to 2,048 tokens, 128 a step, no weight decay, clip 1. Its start, Moxin's SFT model, was not
     # released: name yours. It counted the tokens of all assistant turns; we count those of the last.
@@ -118,9 +109,8 @@ def share_above(margin: Tensor) -> Tensor:
 
 def answer_logprobs(model: Transformer, micro: PairBatch) -> Tensor:
     """log p(answer | prompt) of every answer, [pairs, 2] float64; both answers of a pair in one forward."""
-    batch = micro.batch
-    bounds = make_bounds(batch.tokens.shape[1], model.config.sliding_window, batch.doc_ids)
-    logprobs, _ = model.logprobs(batch.tokens, batch.targets, bounds, batch.positions)
+    rows, bounds = micro.batch, micro.bounds(model.config.sliding_window)
+    logprobs, _ = model.logprobs(rows.tokens, rows.targets, bounds, rows.positions)
     return micro.sums(logprobs)
 
 
@@ -129,8 +119,7 @@ def step_loss(
 ) -> Tensor:
     """Add the gradient of the mean loss of these pairs, this process's share of them; NAMES, summed."""
     total = torch.zeros(len(NAMES), dtype=torch.double)
-    for micro in pair_batches(pairs, config.seq_len, config.micro_batch_size, run.rank, run.world_size):
-        micro = micro.to(run.device)
+    for micro in micro_batches(pairs, config, run):
         known = reference[micro.numbers].to(run.device)
         losses, values = dpo_loss(answer_logprobs(model, micro), known, micro.lengths, config)
         if torch.is_grad_enabled():
@@ -172,14 +161,14 @@ def reference_logprobs(
         return logprobs
     run.say(f"log-probabilities of the reference, once: {path}")
     found = torch.zeros(len(pairs), 2, dtype=torch.double)
-    for micro in pair_batches(pairs, config.seq_len, config.micro_batch_size, run.rank, run.world_size):
-        found[micro.numbers] = answer_logprobs(model, micro.to(run.device)).cpu()
+    for micro in micro_batches(pairs, config, run):
+        found[micro.numbers] = answer_logprobs(model, micro).cpu()
     if run.world_size > 1:
         dist.all_reduce(found)  # each pair was computed by one process
     if run.main:
-        partial = path.with_name(f".{path.name}.partial")
-        save_file({"logprobs": found}, partial, metadata=key)
-        partial.replace(path)
+        unfinished = path.with_name(f".{path.name}.partial")
+        save_file({"logprobs": found}, unfinished, metadata=key)
+        unfinished.replace(path)
     run.barrier()
     return found
 
@@ -204,7 +193,7 @@ def evaluate(
         right = prompt.check(reply["content"])
         reward = judge.score(prompt, reply["content"])
         tally += torch.tensor([1, reward, right is not None, right or 0.0], dtype=torch.double)
-        if number < 3:
+        if number % config.eval_samples == 0 and number < 3 * config.eval_samples:
             run.say(
                 f"  {talks[number][-1]['content'][:80]!r} -> {reply['content'][:120]!r}  reward {reward:g}"
             )
@@ -218,64 +207,39 @@ def evaluate(
 def main() -> None:
     config = parse(Config, PRESETS, about=__doc__)
     if config.dry_run:
-        own = small_shape(config, config.vocab_size)
-        return print_estimate(config, read_config(config.init_from) if config.init_from else own)
+        return print_estimate(config, config.shape)
 
     run = Run(config, "dpo")
-    start, files = start_and_pairs(config, run)
-    folder = resolve_folder(start)
-    data = load_pairs(files, load_tokenizer(folder), config, run)
+    start, data, config = start_and_pairs(config, run)
     source, moss = (
         config.eval_prompts or ("" if config.init_from else "sorting"),
         config.chat_format == "moss",
     )
     asked = (read_prompts(source, 200, config.seed, moss, held_out=True) if source else data.prompts)[:200]
-    steps = math.ceil(config.epochs * len(data.train) / config.batch_size) or config.steps
-    config = replace(config, steps=steps, warmup_steps=round(config.warmup_ratio * steps))
-    model = new_model(read_config(folder), run)
-    load_weights(model, folder)
-    every = data.train + data.val
-    key = {"model": weights_hash(folder), "pairs": fingerprint(every), "precision": str(run.dtype)}
-    reference = reference_logprobs(model, every, key, config, run)
+    model = new_model(read_config(start), run)
+    load_weights(model, start)
+    pairs = data.train + data.val
+    key = {"model": weights_hash(start), "pairs": fingerprint(pairs), "precision": str(run.dtype)}
+    reference = reference_logprobs(model, pairs, key, config, run)
 
-    optimizer, guard = make_adamw(model, config.lr, config.weight_decay, betas=(0.9, 0.999)), SpikeGuard()
+    optimizer = make_adamw(model, config.lr, config.weight_decay, betas=(0.9, 0.999))
     same = ("seed", "lr", "schedule", "steps", "batch_size", "loss", "beta", "nll_coef")
     identity = {"model": asdict(model.config), **key, **{name: getattr(config, name) for name in same}}
-    checkpoints = Checkpointer(run, model, optimizer, identity)
-    state = checkpoints.resume(guard)
-    before = state.get("before") or evaluate(model, data, asked, reference, config, run)
     packer = Packer([(list(range(len(data.train))), 1.0)], config.batch_size, config.seed)
-
-    run.say(f"{num_parameters(model.config):,} parameters, {steps} steps of {config.batch_size} pairs")
-    run.progress(steps)
-    speed = Speedometer(run, flops_per_token(model.config, config.seq_len))
-    step = run.start_step
-    while step < steps:
+    evaluation = partial(evaluate, model, data, asked, reference, config, run)
+    watch = Watch(run, config, model, optimizer, identity, evaluation)
+    for step in watch.steps():
         numbers = packer.step(step)
-        pairs = [data.train[number] for number in numbers]
-        values = means(step_loss(model, pairs, reference[numbers], config, run), run)
-        values |= take_step(model, optimizer, guard, config, step, values["loss"])
+        batch = [pairs[number] for number in numbers]
+        values = means(step_loss(model, batch, reference[numbers], config, run), run)
+        values |= take_step(model, optimizer, watch.guard, config, step, values["loss"])
+        watch.after_step(step, values, sum(len(pair.ids) for pair in batch))
 
-        step += 1
-        speed.add(sum(len(pair.ids) for pair in pairs))
-        stopping, last = run.should_stop(), step == steps
-        if due(config.log_every, step) or last:
-            run.log(step, steps, **values, **speed.read())
-        if due(config.eval_every, step) and not (last or stopping):
-            run.log(step, steps, **evaluate(model, data, asked, reference, config, run))
-            speed.read()
-        checkpoints.after_step(step, last, stopping, guard=guard.state_dict(), before=before)
-
-    after = evaluate(model, data, asked, reference, config, run)
-    run.log(step, steps, **after)
-    checkpoints.wait()
-    save_pretrained(model, run.folder / "model", data.tokenizer)
-    summary = {"before": before, "after": after, "pairs": data.counts, "reference": key}
     panels = (("loss", "val_loss"), ("accuracy", "val_accuracy", "val_right"), ("margin", "val_margin"))
-    run.finish(summary, (*panels, ("chosen_drift", "rejected_drift"), ("grad_norm",)))
-    for name in after:
-        run.say(f"  {name}: {before[name]:.3f} -> {after[name]:.3f}")
-    run.say(f"done: {run.folder}/curves.png, {run.folder}/summary.json, model in {run.folder}/model")
+    panels += (("chosen_drift", "rejected_drift"), ("grad_norm",))
+    save = partial(save_pretrained, model, run.folder / "model", data.tokenizer)
+    watch.conclude(save, {"pairs": data.counts, "reference": key}, panels)
+    run.say(f"next: python chat.py --model {run.folder}/model")
 
 
 if __name__ == "__main__":

@@ -17,22 +17,25 @@ import math
 import re
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from core.checkpoint import read_config, resolve_folder
 from core.config import UserError, require
 from core.run import Run
 from data.chat import ChatFormat, chat_template, render
-from data.demonstrations import Pupil
+from data.demonstrations import Pupil, small_shape
 from data.packing import Batch, Item, make_batch, pack
 from data.prompts import Prompt, category_of, prompt_messages
 from data.readers import Message, Reading, from_messages, records
 from data.tokenizer import Tokenizer
+from kernels import Bounds, make_bounds
+from model import Config as Shape
 
 
 @dataclass(kw_only=True)
@@ -42,7 +45,9 @@ class PairConfig(Pupil):
     data: tuple[str, ...] = ()  # files of pairs, or hub/OWNER/NAME; empty = made here, of sorted digits
     skip_bad: bool = False  # count unreadable records instead of stopping
     too_long: Literal["drop", "cut"] = "drop"  # pairs with an answer over seq_len; cut loses its end token
-    val_fraction: float = 0.05  # share of the prompts held out
+    val_fraction: float = 0.1  # share of the prompts held out
+    epochs: float = 1.0  # passes over the pairs; 0 = --steps
+    warmup_ratio: float = 0.1  # share of the steps that warm up
     made_prompts: int = 1000  # prompts answered where there is no --data
     num_samples: int = 4  # answers to each
     max_new_tokens: int = 32  # longest answer sampled, here and to watch
@@ -60,6 +65,34 @@ class PairConfig(Pupil):
             bool(self.data) or not self.init_from,
             "--init_from needs --data: pairs (data/pairs.py makes them)",
         )
+
+    @property
+    def shape(self) -> Shape:
+        """Of the model that will be trained."""
+        if self.init_from:
+            return read_config(resolve_folder(self.init_from))
+        return small_shape(self, self.vocab_size)
+
+    def planned(self, pairs: int) -> Self:
+        """With the steps and the warm-up that so many pairs make."""
+        steps = math.ceil(self.epochs * pairs / self.batch_size) or self.steps
+        return replace(self, steps=steps, warmup_steps=round(self.warmup_ratio * steps))
+
+
+# A larger model made on the spot, for one GPU.
+SMALL = dict(
+    warm_steps=300,
+    warm_batch=256,
+    warm_lr=1e-3,
+    layers=6,
+    dim=384,
+    heads=6,
+    made_prompts=8000,
+    seq_len=64,
+    batch_size=128,
+    micro_batch_size=256,
+    schedule="linear",
+)
 
 
 @dataclass(frozen=True)
@@ -270,6 +303,10 @@ class PairBatch:
     ends: Tensor
     lengths: Tensor
 
+    def bounds(self, window: int) -> Bounds:
+        """Nobody sees another answer than its own."""
+        return make_bounds(self.batch.tokens.shape[1], window, self.batch.doc_ids)
+
     def sums(self, values: Tensor) -> Tensor:
         """values [n, T], 0 where nothing counts -> their sum over each answer, [pairs, 2] float64."""
         total = torch.zeros(2 * len(self.numbers) + 1, dtype=torch.double, device=values.device)
@@ -278,6 +315,12 @@ class PairBatch:
     def to(self, device: torch.device) -> "PairBatch":
         places = (part.to(device, non_blocking=True) for part in (self.place, self.ends, self.lengths))
         return PairBatch(self.batch.to(device), self.numbers, *places)
+
+
+def micro_batches(pairs: list[PairItem], config: PairConfig, run: Run) -> list[PairBatch]:
+    """This process's share, on its device."""
+    found = pair_batches(pairs, config.seq_len, config.micro_batch_size, run.rank, run.world_size)
+    return [micro.to(run.device) for micro in found]
 
 
 def pair_batches(

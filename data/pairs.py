@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 if __name__ == "__main__":  # run as a file: import from the repository, not from data/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -39,12 +39,14 @@ from core.decode import pack_weights
 from core.run import Run
 from data.demonstrations import teach
 from data.judges import Judge, RuleJudge, chat_format_of, in_both_orders, make_judge
-from data.pair_batches import PairConfig
+from data.pair_batches import PairConfig, PairData, load_pairs
 from data.problems import Problems
 from data.prompts import Prompt, read_prompts
 from data.readers import Message
 from data.replies import replies
 from data.tokenizer import load_tokenizer
+
+C = TypeVar("C", bound=PairConfig)
 
 
 @dataclass(kw_only=True)
@@ -147,10 +149,10 @@ def compare(
     number: int, prompt: Prompt, responses: list[Message], judge: Judge, config: Config
 ) -> dict[str, Any]:
     """Compare a prompt's answers, two at a time in a drawn order, until two are told apart."""
-    whole = [reply for reply in responses if reply["finish_reason"] == "stop"]
+    whole = [r for r in responses if r["finish_reason"] == "stop" and r["content"].strip()]
     couples = [(a, b) for a, b in itertools.combinations(whole, 2) if a["content"] != b["content"]]
     random.Random(f"{config.seed}/{number}").shuffle(couples)
-    why = "equal answers" if len(whole) > 1 else "answers cut off"
+    why = "equal answers" if len(whole) > 1 else "answers cut off or empty"
     verdicts: list[list[int | None]] = []
     sides: dict[str, Any] = {"chosen": None, "rejected": None}
     for a, b in couples[: config.comparisons]:
@@ -238,13 +240,19 @@ def written(path: Path, run: str, expected: int) -> Counter:
     return counts
 
 
-def start_and_pairs(config: PairConfig, run: Run) -> tuple[str, tuple[str, ...]]:
-    """The model to start from and the files of pairs: those given, or both made in the run folder.
+def start_and_pairs(config: C, run: Run) -> tuple[Path, PairData, C]:
+    """The folder of the model to start from, and the pairs: those given, or both made in the run folder. And
+    the options with the number of steps that so many pairs make."""
+    folder, files = config.init_from, config.data
+    if not folder:
+        folder, files = make_both(config, run)
+    path = resolve_folder(folder)
+    data = load_pairs(files, load_tokenizer(path), config, run)
+    return path, data, config.planned(len(data.train))
 
-    What is made: a small model that sorts digits now and then, and its answers, compared by rule.
-    """
-    if config.init_from:
-        return config.init_from, config.data
+
+def make_both(config: PairConfig, run: Run) -> tuple[str, tuple[str, ...]]:
+    """A small model that sorts digits now and then, and its answers, compared by rule."""
     start, file = run.folder / "start", run.folder / "pairs.jsonl"
     problems = Problems(("sorting",), config.seed)
 
