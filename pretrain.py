@@ -36,7 +36,7 @@ from model import PRESETS as SHAPES
 from model import Config as Shape
 from model import Transformer, flops_per_token, num_parameters
 
-EMBEDDED = ("python-code:5", "python-docs:3", "drills:2")
+EMBEDDED = ("python-code:3", "python-docs:3", "drills:4")
 
 
 @dataclass(kw_only=True)
@@ -67,8 +67,8 @@ class Config(RunConfig):
 # fmt: off
 PRESETS = {
     "tiny": dict(
-        model="tiny", steps=240, seq_len=256, batch_size=16, micro_batch_size=16,
-        lr=2e-3, min_lr=2e-4, warmup_steps=20, eval_every=80, save_every=80,
+        model="tiny", steps=320, seq_len=256, batch_size=16, micro_batch_size=16, optimizer="muon",
+        lr=1e-2, min_lr=1e-3, warmup_steps=20, eval_every=80, save_every=80,
     ),
     # About 1 B tokens of English, Chinese and code.
     "small": dict(

@@ -496,6 +496,7 @@ def exchange(draw: Draw, kind: str, enabled: set[str]) -> Example:
         called = f'{needed.name}("{needed.argument}")'
         fields = {"thoughts": THOUGHTS[needed.name][number], "commands": called}
         fields["results"] = shown(needed, found)
+        kind += ", nothing found" * (kind == "search" and not found)
     elif enabled:
         fields = {"thoughts": THOUGHTS["off" if needed else ""][number]}
     if needed and needed.name not in enabled:

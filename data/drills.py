@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from datetime import date, timedelta
 from pathlib import Path
 
+from core import scenes
+
 SUBJECTS = 40_000  # of each kind; about 30 MB in all
 
 DIGITS = "零一二三四五六七八九"
@@ -252,6 +254,37 @@ def recall(number: int, chinese: bool, rng: random.Random) -> str:
     return "\n".join(lines)
 
 
+def scene(number: int, chinese: bool, rng: random.Random) -> str:
+    """Pictures in words (core/scenes.py), each said again or in the other language."""
+    lines = []
+    for _ in range(rng.randint(2, 4)):
+        shown = scenes.random_scene(rng, rng.randint(1, 2))
+        here, there = (scenes.describe(shown, language) for language in ("en", "zh"))
+        here, there = (there, here) if chinese else (here, there)
+        again = here if rng.random() < 0.5 else there
+        lines.append(f"画：{here}\n图片：{again}" if chinese else f"Draw: {here}\nPicture: {again}")
+    return "\n".join(lines)
+
+
+THINGS = (
+    ("Calculator", "计算器"), ("Equation solver", "方程"), ("Web search", "搜索"), ("Text-to-image", "图片"),
+    ("Image edition", "编辑"), ("Text-to-speech", "声音"), ("Inner thoughts", "想法"), ("Light", "灯"),
+)  # fmt: skip
+
+
+def switches(number: int, chinese: bool, rng: random.Random) -> str:
+    """Which of several things are switched on, told as a list and asked back."""
+    on = {thing: rng.random() < 0.5 for thing in rng.sample(THINGS, rng.randint(3, 7))}
+    lines = [f"List {number}."]
+    lines += [f"- {thing[0]}: {'enabled' if state else 'disabled'}." for thing, state in on.items()]
+    for thing, state in rng.sample(list(on.items()), 2):
+        if chinese:
+            lines.append(f"{thing[1]}开着吗？{'已打开' if state else '已关闭'}。")
+        else:
+            lines.append(f"Is {thing[0]} on? It is switched {'on' if state else 'off'}.")
+    return "\n".join(lines)
+
+
 def drills() -> Iterator[tuple[str, str]]:
     """(subject, text) pairs in a fixed shuffled order, the same on every machine.
 
@@ -268,6 +301,8 @@ def drills() -> Iterator[tuple[str, str]]:
             (calendar, number),
             (conversion, 1 + number),
             (dialogue, number),
+            (scene, number),
+            (switches, number),
             *((recall, 5 * number + again) for again in range(5)),
         )
         for make, what in about:

@@ -27,7 +27,7 @@ def test_same_arguments_give_same_examples(examples: dict[str, list[Example]]) -
 def test_every_kind_in_both_languages(examples: dict[str, list[Example]]) -> None:
     off = {f"{kind}, tool off" for kind in WITH_TOOLS if kind != "no_result"}
     for split in examples.values():
-        assert {example.kind for example in split} == {*PLAIN, *WITH_TOOLS, *off}
+        assert {e.kind for e in split} == {*PLAIN, *WITH_TOOLS, *off, "search, nothing found"}
         for kind in (*PLAIN, *WITH_TOOLS):
             written = "".join(question(example) for example in split if example.kind == kind)
             assert re.search("[a-z]{3}", written) and re.search("[\u4e00-\u9fff]", written), kind
@@ -106,15 +106,14 @@ def test_tools_that_are_off_are_not_used_and_the_reply_says_so(examples: dict[st
             name = "Search" if example.kind.startswith("search") else "Text2Image"
             assert f"API: {name}(" not in meta and "commands" not in last
             assert re.search("switched off|已关闭", last["content"])
-        if example.kind == "search" and last["results"].endswith("None"):
+        if example.kind == "search, nothing found":
+            assert last["results"].endswith("None")
             assert re.search("do not know|不知道", last["content"])
 
 
 def test_some_searches_find_nothing(examples: dict[str, list[Example]]) -> None:
-    found = Counter(
-        e.messages[-1]["results"].endswith("None") for e in examples["train"] if e.kind == "search"
-    )
-    assert 0.05 < found[True] / found.total() < 0.35
+    found = Counter(e.kind for e in examples["train"] if e.kind in ("search", "search, nothing found"))
+    assert 0.05 < found["search, nothing found"] / found.total() < 0.35
 
 
 @pytest.mark.parametrize(
