@@ -41,14 +41,13 @@ PRESETS: dict[str, dict[str, Any]] = {"tiny": {}, "small": {}}
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. {out} is its folder, {road} that of all stages; it is finished once `done` is there."""
+    """One command. {out} is its folder, {road} that of all stages."""
 
     name: str
     what: str  # what is trained on what, for the report
     command: str
     needs: tuple[str, ...] = ()
     minutes: float = 1.0  # of one core at tiny size, to estimate what remains
-    done: str = "summary.json"  # in {out}
 
 
 # fmt: off
@@ -91,6 +90,7 @@ class Job:
         gpus = torch.cuda.device_count()
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={gpus}"] if gpus > 1 else []
         self.started = time.monotonic()
+        self.folder.mkdir(exist_ok=True)
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, *self.command, *resume],
@@ -127,11 +127,16 @@ class Job:
 
 
 class Ledger:
-    """ROAD/stages.json: what each stage cost, over all its starts."""
+    """ROAD/stages.json: how each stage ended and what it cost, over all its starts."""
 
     def __init__(self, road: Path) -> None:
         self.path = road / "stages.json"
         self.stages = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def finished(self) -> set[str]:
+        """Stages that ended well and were not deleted since."""
+        kept = {path.name for path in self.path.parent.iterdir()}
+        return {name for name, spent in self.stages.items() if not spent["exit_code"]} & kept
 
     def add(self, name: str, spent: dict[str, Any]) -> None:
         past = self.stages.get(name, {})
@@ -202,7 +207,7 @@ def walk(stages: list[Stage], road: Path, config: Config) -> None:
     cores = os.cpu_count() or 1
     at_once = config.jobs or (1 if torch.cuda.is_available() else min(2, cores))
     lock, ledger = take(road), Ledger(road)
-    finished = {stage.name for stage in stages if (road / stage.name / stage.done).exists()}
+    finished = ledger.finished()
     waiting = [stage for stage in stages if stage.name not in finished]
     progress, jobs = Progress(stages, finished), []
     try:
@@ -215,7 +220,7 @@ def walk(stages: list[Stage], road: Path, config: Config) -> None:
                 if spent := job.ended():
                     jobs.remove(job)
                     ledger.add(job.stage.name, spent)
-                    if spent["exit_code"] or not (job.folder / job.stage.done).exists():
+                    if spent["exit_code"]:
                         last = job.log.read_text().strip().rpartition("\n")[2]
                         raise UserError(f"stage {job.stage.name} failed: {last[:300]} (all of it: {job.log})")
                     finished.add(job.stage.name)
