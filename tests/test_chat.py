@@ -12,11 +12,12 @@ import pytest
 import transformers
 
 import chat
-from chat import Conversation
 from core.checkpoint import load_pretrained, save_pretrained
 from core.config import UserError
 from core.generate import Completion, generate
+from data import sessions
 from data.chat import chat_template, render
+from data.sessions import Conversation
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from model import Config, Transformer
 from tests.conftest import ROOT
@@ -116,7 +117,7 @@ def test_saving_where_one_cannot(talk: Talk) -> None:
 
 def test_interrupting_an_answer(talk: Talk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Ctrl-C keeps what was said and the conversation goes on."""
-    real = chat.stream
+    real = sessions.stream
 
     def interrupted(*arguments: Any) -> Iterator[tuple[str, Completion]]:
         for number, found in enumerate(real(*arguments)):
@@ -124,7 +125,7 @@ def test_interrupting_an_answer(talk: Talk, monkeypatch: pytest.MonkeyPatch, tmp
                 raise KeyboardInterrupt
             yield found
 
-    monkeypatch.setattr(chat, "stream", interrupted)
+    monkeypatch.setattr(sessions, "stream", interrupted)
     _, err = talk(typed=f"Hello\nAgain\n/save {tmp_path / 's'}\n")
     assert "[stopped]" in err
     assert len(json.loads((tmp_path / "s").read_text())["messages"]) == 4

@@ -27,6 +27,7 @@ from data.picture_batches import Example, PictureBatches, collate, render_row
 from data.pictures import BadRow, Row, load_picture
 from data.scene_rows import CHINESE, HELD_OUT, KINDS, SceneRows, pairs, words_apart
 from data.seeing import Seer
+from data.sessions import Conversation, Eyes, PureConversation, load_assistant
 from data.tokenizer import train_tokenizer
 from model import PATCH, VISION_PRESETS, VLM, Config, VisionEncoder, VisionTower
 from tests.conftest import run_processes
@@ -439,29 +440,28 @@ def test_own_data_with_text_alone_and_a_broken_picture(
 def test_chat_looks_at_a_picture_once(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     load_picture(SceneRows(1).find("0")).save(tmp_path / "scene.png")
     config = chat.Config(model=str(finished / "model"), device="cpu", temperature=0, max_new_tokens=3)
-    model, tokenizer, sampling = chat.load(config)
-    eyes = chat.load_eyes(finished / "model", model)
-    looked = []
-    eyes.tower.register_forward_hook(lambda *_: looked.append(1))
-    conversation = chat.open_conversation(tokenizer, "", config, eyes)
-    conversation.look(str(tmp_path / "scene.png"))
+    assistant = load_assistant(finished / "model", "cpu")
+    tokenizer, looked = assistant.tokenizer, []
+    assistant.eyes.tower.register_forward_hook(lambda *_: looked.append(1))
+    conversation = chat.open_conversation(config, assistant)
+    conversation.look(tmp_path / "scene.png")
     for turn in range(3):
         if turn == 2:
-            conversation.look(str(tmp_path / "scene.png"))
-        chat.reply(conversation, "What is <image> it?", model, sampling, config)
+            conversation.look(tmp_path / "scene.png")
+        chat.reply(conversation, "What is <image> it?", assistant, config)
         assert conversation.ids.count(PATCH) == 36 * len(looked) and len(looked) == 1 + (turn == 2)
     row = Row(conversation.messages, [Path("a"), Path("b")])
     assert conversation.ids[:60] == render_row(row, tokenizer, "tulu", 36).ids.tolist()[:60]
     for path in (tmp_path, tmp_path / "none.png"):
         with pytest.raises(UserError, match="damaged|no such file"):
-            conversation.look(str(path))
-    blind = chat.open_conversation(tokenizer, "", config, None)
+            conversation.look(path)
+    blind = Conversation(tokenizer)
     with pytest.raises(UserError, match="does not see"):
-        blind.look(str(tmp_path / "scene.png"))
-    pure = chat.PureConversation(
-        tokenizer, "", chat.Eyes(eyes.tower, {**eyes.settings, "chat_format": "pure"})
+        blind.look(tmp_path / "scene.png")
+    pure = PureConversation(
+        tokenizer, "", Eyes(assistant.eyes.tower, {**assistant.eyes.settings, "chat_format": "pure"})
     )
-    pure.look(str(tmp_path / "scene.png"))
+    pure.look(tmp_path / "scene.png")
     pure.add_user("What is it?")
     row = Row([pure.messages[0], {"role": "assistant", "content": "A cat."}], [Path("a")])
     assert render_row(row, tokenizer, "pure", 36).ids.tolist()[: len(pure.ids)] == pure.ids
