@@ -163,7 +163,8 @@ def roll_out(
             for completion in completions
         ]
         if moss:
-            asked = [e for e in episodes if use_tools(e, talks[e.group], tokenizer, config)]
+            room = model.config.max_seq_len
+            asked = [e for e in episodes if use_tools(e, talks[e.group], tokenizer, config, room)]
             inputs = [episode.prompt + episode.tokens for episode in asked]
             answers = generate(model, inputs, limit, seed=seed + 1, **sampling)
             for episode, (answer,) in zip(asked, answers, strict=True):
@@ -171,10 +172,10 @@ def roll_out(
     return episodes
 
 
-def use_tools(episode: Episode, talk: list[Message], tokenizer: Tokenizer, config: Config) -> bool:
+def use_tools(episode: Episode, talk: list[Message], tokenizer: Tokenizer, config: Config, room: int) -> bool:
     """Run the commands an episode ends in and append their results, which are never in the loss.
 
-    False if it does not end in commands: then it never gets to answer.
+    False if it ends otherwise, or if the results leave no room in the context: then it never gets to answer.
     """
     episode.text, episode.finished = "", False
     written = read_commands(episode.tokens, tokenizer)
@@ -183,7 +184,10 @@ def use_tools(episode: Episode, talk: list[Message], tokenizer: Tokenizer, confi
     outcome = tools.run_commands(written[1], tools.tool_names(config.tools))
     episode.calls, episode.failures = outcome.calls, outcome.failures
     meta = talk[0]["content"] if talk[0]["role"] == "system" else ""
-    episode.add_given(after_commands({"results": outcome.text}, meta, tokenizer))
+    given = after_commands({"results": outcome.text}, meta, tokenizer)
+    if episode.length + len(given) >= room:
+        return False
+    episode.add_given(given)
     return True
 
 

@@ -39,7 +39,7 @@ EXPERIMENTS: dict[str, list[str]] = {
 def run(folder: Path, seed: int, *arguments: str) -> dict:
     """One run of grpo.py in a process of its own; its summary."""
     command = [sys.executable, str(ROOT / "grpo.py"), "--out", str(folder), "--seed", str(seed), *arguments]
-    command += ["--preset", "tiny", "--device", "cpu", "--save_every", "0"]
+    command += ["--preset", "tiny", "--device", "cpu", "--save_every", "0", "--log_every", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -62,8 +62,8 @@ def rows(experiment: str, seed: int, folder: Path) -> dict[str, dict]:
     name = "demonstrations, same time"
     if experiment == "steps":
         arguments, name = ["--data", "steps-direct", *arguments[2:]], "answers alone, same time"
-    budget = sum(first["cpu_seconds"].values())
     trial = run(folder / "trial", seed, *arguments, "--warm_steps", "50", *EVALUATE, "--eval_problems", "8")
+    budget = sum(first["cpu_seconds"].values())
     steps = round(50 * budget / trial["cpu_seconds"]["demonstrations"])
     found[name] = run(folder / "alone", seed, *arguments, "--warm_steps", str(steps), *EVALUATE)
     return found

@@ -443,7 +443,9 @@ def test_tool_results_enter_the_episode_and_not_the_loss(tokenizer, monkeypatch)
         ]
 
     monkeypatch.setattr(grpo, "generate", scripted)
-    episodes = grpo.roll_out(torch.nn.Linear(1, 1), [problem], tokenizer, config, 0, 2, 64, 1.0)
+    episodes = grpo.roll_out(
+        Transformer(dataclasses.replace(SHAPE, max_seq_len=512)), [problem], tokenizer, config, 0, 2, 64, 1.0
+    )
     grpo.judge(episodes, [problem], config, 64)
     used, lost = episodes
     expected = render(
@@ -598,6 +600,32 @@ def test_two_processes_train_one_model(tmp_path):
     )
     assert torch.equal(torch.cat([first, second])[: len(end)], end) and not torch.equal(start, end)
     assert {record["step"] for record in metrics(tmp_path / "run")} == {0, 1, 2}
+
+
+def test_a_real_model_on_real_problems(tmp_path, monkeypatch, real_data):
+    """Two rollouts of the published 260,000-parameter story model on GSM8K: it runs, and the sampler agrees
+    with the trainer; the model solves nothing, so what moves it is the entropy term."""
+    data, model = real_data / "math/gsm8k.train.jsonl", real_data / "stories260k"
+    arguments = ["--init_from", str(model), "--data", str(data), "--steps", "2", "--entropy_coef", "0.01"]
+    arguments += ["--suffix", grpo.BOXED, "--prompts", "2", "--batch_size", "8", "--keep_zero_variance"]
+    main_with(monkeypatch, "--out", str(tmp_path), *SMALL, *arguments)
+    steps = [record for record in metrics(tmp_path) if "loss" in record]
+    assert len(steps) == 2
+    assert all(step["mismatch"] < 1e-4 and step["grad_norm"] > 0 and step["length"] > 5 for step in steps)
+    assert "<|assistant|>" in (tmp_path / "samples.jsonl").read_text()
+
+
+def test_results_that_fill_the_context_end_the_episode(tokenizer, monkeypatch):
+    """A command may return more than the model can read: it then never answers, and the run goes on."""
+    config = config_of(tools=("calculator",), **MOSS)
+    words = tokenizer.encode(" None"), tokenizer.encode('\n<|Commands|>: Calculate("1+1")')
+    eot, eoc = (tokenizer.special_tokens[name] for name in ("<eot>", "<eoc>"))
+    talk = Problem("compute 1+1", "2").conversation(MOSS["system"])
+    for room, answers in ((500, True), (40, False)):
+        tokens = [*words[0], eot, *words[1], eoc]
+        episode = Episode(0, [1] * 20, tokens, [True] * len(tokens), [-1.0] * len(tokens), finished=True)
+        assert grpo.use_tools(episode, talk, tokenizer, config, room) is answers
+        assert (len(episode.tokens) > len(tokens)) is answers and not episode.finished
 
 
 def test_without_a_model_or_demonstrations(tmp_path, monkeypatch):
