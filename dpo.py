@@ -218,11 +218,12 @@ def main() -> None:
     asked = (read_prompts(source, 200, config.seed, moss, held_out=True) if source else data.prompts)[:200]
     model = new_model(read_config(start), run)
     load_weights(model, start)
+    # Before any forward: a sharded model gathers its weights in one, and those are not for the optimizer.
+    optimizer = make_adamw(model, config.lr, config.weight_decay, betas=(0.9, 0.999))
     pairs = data.train + data.val
     key = {"model": weights_hash(start), "pairs": fingerprint(pairs), "precision": str(run.dtype)}
     reference = reference_logprobs(model, pairs, key, config, run)
 
-    optimizer = make_adamw(model, config.lr, config.weight_decay, betas=(0.9, 0.999))
     same = ("seed", "lr", "schedule", "steps", "batch_size", "loss", "beta", "nll_coef")
     identity = {"model": asdict(model.config), **key, **{name: getattr(config, name) for name in same}}
     packer = Packer([(list(range(len(data.train))), 1.0)], config.batch_size, config.seed)

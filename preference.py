@@ -51,6 +51,7 @@ from data.pair_batches import (
     micro_batches,
     render_answer,
 )
+from data.pair_batches import convert as convert_pair
 from data.pairs import start_and_pairs, weights_hash
 from data.prompts import Prompt, convert
 from data.readers import Message, records
@@ -119,6 +120,8 @@ def load_model(folder: Path, run: Run) -> PreferenceModel:
     materialize(parallelize(model, run), run)
     register_fsdp_forward_method(model, "scores")
     load_weights(model, folder)
+    if not model.config.tied:
+        model.head.requires_grad_(False)  # of no use here, and kept as it is
     with torch.no_grad():
         model.value.weight.zero_()
         if (folder / HEAD).exists():
@@ -198,13 +201,14 @@ def read_responses(path: str) -> tuple[list[Response], Counter]:
     for place, line in records(path):
         try:
             record = json.loads(line) if isinstance(line, str) else line
-            prompt = convert(record if "messages" in record else {**record, "messages": record.get("chosen")})
             if "responses" in record:
+                prompt = convert(record)
                 replies = [{"role": "assistant", **reply} for reply in record["responses"]]
             elif "rejected" in record:
-                replies = [record["chosen"][-1], record["rejected"][-1]]
+                pair = convert_pair(record)
+                prompt, replies = pair.prompt, [pair.chosen, pair.rejected]
             else:
-                replies = [record["messages"][-1]]
+                prompt, replies = convert(record), record["messages"][-1:]
             kept = [reply for reply in replies if reply.get("finish_reason", "stop") == "stop"]
             for reply in kept:
                 require(isinstance(reply["content"], str) and reply["role"] == "assistant", "not an answer")
