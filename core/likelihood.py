@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import attention, make_bounds
 from kernels.loss import linear_logprobs
 from model import Config, Transformer
 
@@ -59,14 +60,16 @@ class Reading:
         self, positions: Tensor, config: Config, past: "Reading | None", rows: Tensor, keep: bool
     ) -> None:
         """rows [n]: which row of `past` each new row continues."""
-        self.past, self.rows, self.keep = past, rows, keep
-        self.positions = positions if past is None else torch.cat((past.positions[rows], positions), 1)
-        distance = positions[:, :, None] - self.positions[:, None, :]  # [n, T, S]
-        visible = distance >= 0
-        if config.sliding_window:
-            visible &= distance < config.sliding_window
-        self.mask = visible[:, None]
+        self.past, self.rows, self.keep, window = past, rows, keep, config.sliding_window
         self.layers: list[tuple[Tensor, Tensor]] = []  # k, v [n, S, KV, D]
+        if past is None:  # padding comes last, where causal order hides it
+            self.positions, length = positions, positions.shape[1]
+            self.bounds = make_bounds(length, window, device=positions.device) if window else None
+            return
+        self.positions = torch.cat((past.positions[rows], positions), 1)
+        distance = positions[:, :, None] - self.positions[:, None, :]  # [n, T, S]
+        visible = (distance >= 0) & (distance < window) if window else distance >= 0
+        self.mask = visible[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.past is not None:
@@ -74,6 +77,8 @@ class Reading:
             k, v = (torch.cat((old[self.rows], new), 1) for old, new in zip(known, (k, v), strict=True))
         if self.keep:
             self.layers.append((k, v))
+        if self.past is None:
+            return attention(q, k, v, self.bounds)
         grouped = q.shape[2] != k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, self.mask, enable_gqa=grouped).transpose(1, 2)

@@ -79,9 +79,10 @@ def rows_of(place: str, split: str) -> Iterator[Row]:
     if not names:
         raise UserError(f"{place}: no {split} file ({', '.join(SUFFIXES)}) there")
     for name in names:
+        thoughts = thoughts_for(name) if system is None else {}
         with open(name, "rb") if system is None else system.open(name, "rb") as stream:
             for row in read_file(stream, name):
-                yield {"subject": subject_of(name, split)} | row
+                yield {"subject": subject_of(name, split)} | thoughts | row
 
 
 def read_file(stream: Any, name: str) -> Iterator[Row]:
@@ -98,6 +99,16 @@ def read_file(stream: Any, name: str) -> Iterator[Row]:
             yield from ({**row} for row in rows)
         except (ValueError, TypeError):
             raise UserError(f"{place}: not a JSON object; mend the line") from None
+
+
+def thoughts_for(name: str) -> Row:
+    """BIG-Bench Hard's repository has worked examples for bbh/NAME.json in cot-prompts/NAME.txt, below a line
+    of dashes."""
+    path = Path(name)
+    file = path.parent.parent / "cot-prompts" / f"{path.stem}.txt"
+    if path.parent.name != "bbh" or not file.is_file():
+        return {}
+    return {"cot": file.read_text(encoding="utf-8").partition("-----\n")[2].strip() + "\n\n"}
 
 
 def subject_of(name: str, split: str) -> str:

@@ -59,7 +59,8 @@ def test_examples_in_common_are_read_once() -> None:
     rng = random.Random(0)
     examples = draw(rng, 50)
     questions = [
-        [(4 * q + i, make_request(examples + [q, q + 1], draw(rng, 3), 100)) for i in range(4)] for q in range(6)
+        [(4 * q + i, make_request(examples + [q, q + 1], draw(rng, 3), 100)) for i in range(4)]
+        for q in range(6)
     ]
     (family,) = families(questions)
     assert family.shared == examples and len(family.questions) == 6
