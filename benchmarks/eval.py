@@ -1,6 +1,8 @@
 """Evaluation against lm-eval: the same numbers, question by question, and how much processor time they took.
 
-    python benchmarks/eval.py [--limit N]        needs lm_eval 0.4.13 and datasets, in an environment of their own
+    python benchmarks/eval.py [--limit N] [--batch N]
+
+Needs lm_eval 0.4.13 and datasets, in an environment of their own.
 
 A real small model (stories260k), real questions: CommonsenseQA by letter and, as ARC asks, by text, without
 and with 5 examples; GSM8K with 5 examples and both ways of finding the answer; bits per byte of documents.
@@ -48,14 +50,11 @@ def prepare(folder: Path, limit: int) -> None:
     for line in (DATA / "choice/commonsenseqa.dev.jsonl").read_text("utf-8").splitlines():
         row = json.loads(line)
         choices = {key: [one[key] for one in row["question"]["choices"]] for key in ("label", "text")}
-        questions.append(
-            {"question": row["question"]["stem"], "choices": choices, "answerKey": row["answerKey"]}
-        )
+        stem, right = row["question"]["stem"], row["answerKey"]
+        questions.append({"question": stem, "choices": choices, "answerKey": right})
     texts = (DATA / "text/libreoffice_help.en.jsonl").read_text("utf-8").splitlines()
-    problems = [
-        json.loads(line) for line in (DATA / "math/gsm8k.train.jsonl").read_text("utf-8").splitlines()
-    ]
-    problems = [{key: row[key] for key in ("question", "answer")} for row in problems]
+    lines = (DATA / "math/gsm8k.train.jsonl").read_text("utf-8").splitlines()
+    problems = [{key: json.loads(line)[key] for key in ("question", "answer")} for line in lines]
     files = {
         "commonsenseqa": (questions[:limit], questions[limit:]),
         "arc_easy": (questions[:limit], questions[limit:]),
@@ -71,22 +70,18 @@ def prepare(folder: Path, limit: int) -> None:
 def ours(folder: Path) -> dict:
     import torch
 
-    from data.asking import ASK, open_model
-    from eval import Config, planned, questions
+    from data.asking import ASK, Asking, open_model
+    from data.task_rows import items_of, with_examples
+    from data.tasks import TASKS
 
     torch.set_num_threads(1)
-    found = {}
-    pupil = open_model(folder / "model", Config(), torch.float32, torch.device("cpu"))
+    found, config = {}, Asking()
+    pupil = open_model(folder / "model", config, torch.float32, torch.device("cpu"))
     for run, (name, shots, _) in RUNS.items():
-        config = Config(
-            tasks=(name,),
-            shots=shots,
-            data=(str(folder / f"{name}.test.jsonl"),),
-            examples=(str(folder / f"{name}.train.jsonl"),),
-        )
-        task = planned(config)[name]
+        task, files = TASKS[name], [str(folder / f"{name}.{split}.jsonl") for split in ("test", "train")]
+        items, pool = items_of(task, name, files[0], ""), items_of(task, name, files[1], "") if shots else []
         started = time.process_time()
-        items, heads = questions(name, task, config)
+        heads = with_examples(items, pool, shots, first=False, same=False)
         answers = ASK[task.how](pupil, items, heads, task, config)
         grades = [task.grade(given, item) for (given, _), item in zip(answers, items, strict=True)]
         seconds = time.process_time() - started
@@ -114,14 +109,7 @@ def theirs(folder: Path) -> dict:
     for run, (name, shots, file) in RUNS.items():
         path = Path(lm_eval.__file__).parent / "tasks" / file
         config = yaml.safe_load(path.read_text()) if file else dict(BITS)
-        for key in (
-            "dataset_path",
-            "dataset_name",
-            "tag",
-            "test_split",
-            "validation_split",
-            "training_split",
-        ):
+        for key in ("dataset_name", "tag", "validation_split", "training_split"):
             config.pop(key, None)
         files = {split: str(folder / f"{name}.{split}.jsonl") for split in ("test", "train")}
         if not file:
@@ -157,7 +145,6 @@ def agreement(run: str, mine: dict, his: dict) -> str:
         one = by_filter["strict-match"]
         prompts = sum(a == b["arguments"][0][0] for a, b in zip(mine["prompts"], one, strict=True))
         texts = sum(a == b["resps"][0][0] for a, b in zip(mine["shown"], one, strict=True))
-        # Both filters over the same texts: theirs, and the right answers of all problems.
         from data.task_rows import Item
         from data.tasks import TASKS
 

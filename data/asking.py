@@ -15,6 +15,7 @@ from torch import Tensor
 from core import code_execution, tools
 from core.checkpoint import load_pretrained
 from core.config import UserError, require
+from core.decode import pack_weights
 from core.generate import generate
 from core.likelihood import Request, make_request, rolling_requests, score
 from data.conversations import documents
@@ -72,7 +73,7 @@ def open_model(folder: Path, config: Asking, dtype: torch.dtype, device: torch.d
     model = seer.model if seer else load_pretrained(folder, dtype, device)
     begins = begins_with_bos(folder, tokenizer) if config.bos == "auto" else config.bos == "yes"
     require(not begins or tokenizer.bos_id is not None, "--bos yes: this tokenizer has no start token")
-    return Pupil(model.eval(), tokenizer, seer, [tokenizer.bos_id] if begins else [])
+    return Pupil(pack_weights(model.eval()), tokenizer, seer, [tokenizer.bos_id] if begins else [])
 
 
 Answers = list[tuple[Any, Any]]  # what `grade` is given, what the record shows

@@ -25,7 +25,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
         "Cooking: A man. stirs. He",
         " eats soup.",
     ),
-    "piqa": ({"goal": "Open it.", "sol1": "Pull.", "sol2": "Sing.", "label": 1}, "Question: Open it.\nAnswer:", " Sing."),
+    "piqa": (
+        {"goal": "Open it.", "sol1": "Pull.", "sol2": "Sing.", "label": 1},
+        "Question: Open it.\nAnswer:",
+        " Sing.",
+    ),
     "arc_easy": (
         {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"},
         "Question: Which?\nAnswer:",
@@ -42,12 +46,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
         " D",
     ),
     "ceval": (
-        {"id": 1, "question": "哪个？", "A": "甲", "B": "乙", "C": "丙", "D": "丁", "answer": "B", "subject": "law"},
+        dict(id=1, question="哪个？", A="甲", B="乙", C="丙", D="丁", answer="B", subject="law"),
         "哪个？\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案：",
         " B",
     ),
     "cmmlu": (
-        {"Question": "哪个？", "A": "甲", "B": "乙", "C": "丙", "D": "丁", "Answer": "A", "subject": "nutrition"},
+        dict(Question="哪个？", A="甲", B="乙", C="丙", D="丁", Answer="A", subject="nutrition"),
         "哪个？\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案：",
         " A",
     ),
@@ -255,12 +259,18 @@ def test_made_tasks_are_the_same_every_time_and_answerable() -> None:
 
 
 def test_held_out_text_is_not_in_the_training_part() -> None:
-    from data.sources import held_out_packages
+    from data.sources import documents, held_out_packages, parse_source
+    from data.text import Options
 
-    packages = held_out_packages(0.02)
-    assert packages and all(
-        item.subject in ("python-code", "python-docs") for item in TASKS["bpb"].made(4, 0)
-    )
+    packages = held_out_packages(Options().val_fraction)
+    texts = {item.prompt for item in TASKS["bpb"].made(4, 0) if item.subject == "python-docs"}
+    for document in documents(parse_source("python-docs")):
+        if document.text[:8000] in texts:
+            assert document.group in packages
+            texts.remove(document.text[:8000])
+        if not texts:
+            break
+    assert not texts
 
 
 # Files and examples
