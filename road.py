@@ -50,18 +50,72 @@ class Stage:
     minutes: float = 1.0  # of one core at tiny size, to estimate what remains
 
 
+# Which models are evaluated at the end, on which tasks of data/tasks.py.
+EVALUATED = {
+    "base": "bpb,instructions,instructions_reworded,steps",
+    "instruct": "bpb,instructions,instructions_reworded",
+    "dpo": "instructions,instructions_reworded",
+    "tagged": "instructions,instructions_reworded",
+    "thoughts": "steps",
+    "reasoning": "steps",
+    "vlm": "scenes",
+}
+
 # fmt: off
 STAGES = (
     Stage("base", "a tokenizer and a language model, from text that is already on this machine",
-          "pretrain.py --preset {preset} --out {out}", minutes=5),
+          "pretrain.py --preset {preset} --out {out}", minutes=4),
+    Stage("towers", "two small vision encoders, on drawn scenes",
+          "vlm.py --preset {preset} --stage towers --out {out}", minutes=1.5),
     Stage("instruct", "the base model, on generated conversations in English and Chinese, with tools",
           "sft.py --preset {preset} --init_from {road}/base/model --out {out}", ("base",), minutes=5),
+    Stage("pairs", "pairs of the instruct model's own answers, told apart by rules that check them",
+          "data/pairs.py --model {road}/instruct/model --prompts conversations --count 400 "
+          "--out {out}/pairs.jsonl", ("instruct",)),
+    Stage("dpo", "the instruct model, on these pairs (Moxin's way)",
+          "dpo.py --preset {preset} --init_from {road}/instruct/model --data {road}/pairs/pairs.jsonl "
+          "--chat_format moss --out {out}", ("instruct", "pairs"), minutes=1.5),
+    Stage("preference", "a model of which answer is better, on these pairs (MOSS's way)",
+          "preference.py --preset {preset} --init_from {road}/instruct/model --data {road}/pairs/pairs.jsonl "
+          "--chat_format moss --out {out}", ("instruct", "pairs"), minutes=1.5),
+    Stage("tags", "its scores of all answers, as tags from worst to best",
+          "preference.py --preset {preset} --score {road}/pairs/pairs.jsonl --scorer {road}/preference/model "
+          "--out {out}", ("pairs", "preference"), minutes=0.5),
+    Stage("tagged", "the instruct model, on its own answers with their tags",
+          "sft.py --preset {preset} --init_from {road}/instruct/model --data {road}/tags/tagged.jsonl "
+          "--quality_tags --steps 200 --out {out}", ("instruct", "tags"), minutes=1.5),
+    Stage("problems", "problems of several steps, solved aloud by rule",
+          "data/problems.py steps 3000 {out}/thoughts.jsonl", minutes=0.1),
+    Stage("thoughts", "the base model, on these solutions (a chain of thought)",
+          "sft.py --preset {preset} --init_from {road}/base/model --data {road}/problems/thoughts.jsonl "
+          "--chat_format tulu --steps 300 --out {out}", ("base", "problems"), minutes=3),
+    Stage("reasoning", "that model, by reinforcement on problems of the same kind (GRPO)",
+          "grpo.py --preset {preset} --init_from {road}/thoughts/model --data steps --out {out}",
+          ("thoughts",), minutes=4),
+    Stage("vlm", "the instruct model with both encoders, on questions about drawn scenes",
+          "vlm.py --preset {preset} --init_from {road}/instruct/model "
+          "--vision {road}/towers/towers/dino-tiny {road}/towers/towers/siglip-tiny --out {out}",
+          ("instruct", "towers"), minutes=5),
+    *(Stage(f"eval-{name}", f"the model of {name}, on questions that no stage trained on",
+            f"eval.py --preset {{preset}} --model {{road}}/{name}/model --tasks {tasks} --out {{out}}",
+            (name,))
+      for name, tasks in EVALUATED.items()),
 )
 # fmt: on
 
-EVALUATIONS: dict[str, str] = {}  # column of the report's table: the stage that evaluated it
-COMPARISONS: tuple[Comparison, ...] = ()
-TALKS: tuple[tuple[str, str, str], ...] = ()
+COMPARISONS = (
+    Comparison("instruct", "instructions", "eval-base", "eval-instruct"),
+    Comparison("instruct", "instructions_reworded", "eval-base", "eval-instruct"),
+    Comparison("dpo", "instructions", "eval-instruct", "eval-dpo"),
+    Comparison("tagged", "instructions", "eval-instruct", "eval-tagged"),
+    Comparison("thoughts", "steps", "eval-base", "eval-thoughts"),
+    Comparison("reasoning", "steps", "eval-thoughts", "eval-reasoning"),
+)
+TALKS = (
+    ("Questions, some of which need a tool", "eval-instruct", "instructions"),
+    ("A chain of thought", "eval-reasoning", "steps"),
+    ("A picture and a question", "eval-vlm", "scenes"),
+)
 
 
 def selected(only: tuple[str, ...]) -> list[Stage]:
@@ -243,7 +297,8 @@ def main() -> None:
         walk(stages, road, config)
     except KeyboardInterrupt:
         raise UserError(f"stopped; run the same command again to go on in {road}") from None
-    path = write_report(road, [(s.name, s.what) for s in stages], EVALUATIONS, COMPARISONS, TALKS)
+    evaluations = {name: f"eval-{name}" for name in EVALUATED}
+    path = write_report(road, [(s.name, s.what) for s in stages], evaluations, COMPARISONS, TALKS)
     print(f"done: open {path} in a browser")
 
 
