@@ -50,6 +50,7 @@ class Config(RunConfig):
     val_data: tuple[str, ...] = ()  # validate on these instead of on a held-out part of --data
     val_fraction: float = 0.02  # that part
     examples: int = 6000  # generated conversations, where there is no --data
+    questions: int = 3  # in each of them
     skip_bad: bool = False  # count unreadable records instead of stopping
     keep_noisy: bool = False  # train on malformed commands and citations of missing results too
     chat_format: ChatFormat = "moss"  # tulu or moss
@@ -63,12 +64,11 @@ class Config(RunConfig):
     tag_dropout: float = 0.1  # share of conversations that lose their tags, anew in each epoch
     tokenizer: str = ""  # folder or file; empty = that of --init_from, else one trained on the data
     optimizer: Literal["adamw", "muon"] = "adamw"
-    base_steps: int = 0  # first steps that train every token, a stand-in for pretraining where there is none
     layers: int = 3  # shape of the model that is made where there is no base model to start from
     dim: int = 96
     heads: int = 3
     vocab_size: int = 700
-    eval_examples: int = 168  # generated questions asked before and after, in each held-out split
+    eval_examples: int = 174  # generated questions asked before and after, in each held-out split
     samples: int = 3  # validation prompts answered in the log
 
     def __post_init__(self) -> None:
@@ -167,7 +167,7 @@ Sources = list[tuple[list[list[Message]], float]]  # conversations and weight of
 def generated(config: Config) -> tuple[Sources, list[list[Message]]]:
     """Training and validation conversations of data/conversations.py."""
     with_tools = config.chat_format == "moss"
-    made = generate(config.examples, "train", config.seed, with_tools)
+    made = generate(config.examples, "train", config.seed, with_tools, config.questions)
     held_out = generate(max(50, config.examples // 50), "value", config.seed, with_tools)
     return [([example.messages for example in made], 1.0)], [example.messages for example in held_out]
 
@@ -336,7 +336,7 @@ def main() -> None:
     optimizer = make_optimizer(model, config.lr, config.weight_decay, betas=(0.9, 0.999))
     guard = SpikeGuard()
     identity = {"model": asdict(model.config), "data": data.packer.fingerprint()}
-    same = ("seed", "lr", "schedule", "steps", "batch_size", "optimizer", "loss", "base_steps")
+    same = ("seed", "lr", "schedule", "steps", "batch_size", "optimizer", "loss")
     identity |= {name: getattr(config, name) for name in same}
     checkpoints = Checkpointer(run, model, optimizer, identity)
     state = checkpoints.resume(guard)
@@ -351,8 +351,6 @@ def main() -> None:
     while step < steps:
         with speed.waiting():
             items = data.packer.step(step)
-            if step < config.base_steps:
-                items = [Item(item.ids, np.ones_like(item.mask)) for item in items]
             micros = micro_batches(
                 items, config.seq_len, config.pack, config.micro_batch_size, run.rank, run.world_size
             )

@@ -169,19 +169,19 @@ def tool_names(flags: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for flag, name in by_flag.items() if flag in flags)
 
 
-PERSONA = "You are MOSS, an honest assistant that speaks English and Chinese.\n"
+PERSONA = "You are MOSS.\n"
 
 
 def meta_instruction(enabled: Collection[str] = (), persona: str = PERSONA) -> str:
     """What opens a conversation: who speaks, and a line a tool with its switch and signature.
 
-    The switches have the form of MOSS's own; image edition and speech, which it lists too, never existed.
+    The switches have the form of MOSS's own, which lists two more, image edition and speech, that never
+    existed, and opens with 200 words on its character: pass those as `persona` to a published model.
     """
     lines = [f"- Inner thoughts: {'enabled' if enabled else 'disabled'}."]
     for name, tool in TOOLS.items():
         switch = f"enabled. API: {name}({tool.parameter})" if name in enabled else "disabled."
         lines.append(f"- {tool.title}: {switch}")
-    lines += ["- Image edition: disabled.", "- Text-to-speech: disabled."]
     return persona + "Capabilities and tools that MOSS can possess.\n" + "\n".join(lines) + "\n"
 
 

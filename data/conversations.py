@@ -451,7 +451,7 @@ def picture(draw: Draw) -> ToolTalk:
 
 PLAIN = {f.__name__: f for f in (arithmetic, dates, units, small_talk, refusal, reference)}
 WITH_TOOLS = {f.__name__: f for f in (calculation, no_result, equation, search, picture)}
-TIMES = {"calculation": 4, "no_result": 1, "equation": 2, "search": 3, "picture": 2}  # with the tool on
+TIMES = {"calculation": 8, "no_result": 1, "equation": 3, "search": 4, "picture": 3}  # with the tool on
 TOOL_OF = {
     "calculation": "Calculate",
     "no_result": "Calculate",

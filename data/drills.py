@@ -285,6 +285,41 @@ def switches(number: int, chinese: bool, rng: random.Random) -> str:
     return "\n".join(lines)
 
 
+VOCABULARY = (
+    "How much=多少钱; How many=多少个; What is=是什么; Which day=星期几; When=哪年; Who=谁; Where=哪里; "
+    "Please=请; Tell me=告诉我; I want to know=我想知道; I would like to see=我想看; "
+    "Do you remember=你还记得吗; Can you help me=你能帮我吗; Calculate=请计算; Compute=算出; "
+    "Work out=算一下; Convert=换算成; Solve=解方程; Search=搜索; Look this up=查一下; Find out=求; "
+    "Draw=画; Paint=画一幅画; Make a picture=生成图片; Teach me=教我; "
+    "I need the calculator=需要用计算器; I need the equation solver=需要解方程; "
+    "I need to search=需要搜索; I need to draw=需要画图; No tool is needed=不需要工具; "
+    "The tool for this is off=所需的工具已关闭; switched off=已关闭; I cannot do that=我做不到; "
+    "I can't help with that=这件事我不能帮忙; harm someone=会伤害别人; found nothing=没有搜到结果; "
+    "I do not know=我不知道; there is no result=没有结果; The calculator fails=计算器算不出来; "
+    "Here is the picture=图片画好了; Image generated successfully=图片生成了; It is=答案是; "
+    "The result=结果; Then x=解得; They cost=一共; There are=一共有; You have=现在有; are left=还剩; "
+    "people live there=共有居民; was built in=建于; bridge=大桥; expression=算式; query=问题; "
+    "equation=方程; description=说明; days later=天后是; centimetres=厘米; millimetres=毫米; "
+    "kilometres=千米; euros=欧元; cents=欧分; jars=罐子; crate=箱; tickets=张票; stamps=邮票; "
+    "lamps=盏灯; shelves=书架; books=本书; shop=商店; colour=颜色; cat=猫; dog=狗; boat=船; bike=车; "
+    "lamp=灯; cup=杯子; bag=包; white=白色; brown=棕色; pink=粉色; grey=灰色; "
+    "I will remember that=我记住了; Hello=你好; Good morning=早上好; Goodbye=再见; "
+    "You are welcome=不客气; My name is=我的名字是; How can I help you=有什么可以帮你的; "
+    "Capabilities and tools=能力和工具; possess=拥有; Human=人; MOSS=助手; Inner Thoughts=想法; "
+    "Commands=命令; Results=各项结果; best way=最好办法; suppose=假设; honest=诚实"
+)
+WORDS = dict(pair.split("=") for pair in VOCABULARY.split("; "))
+
+
+def words(number: int, chinese: bool, rng: random.Random) -> str:
+    """A page of a dictionary, and some of its entries asked back."""
+    page = rng.sample(list(WORDS.items()), rng.randint(5, 9))
+    if chinese:
+        page = [(there, here) for here, there in page]
+    lines = [f"<|{here}|>: {there}" for here, there in page]
+    return "\n".join(lines + [f"{here} = {there}" for here, there in rng.sample(page, 3)])
+
+
 def drills() -> Iterator[tuple[str, str]]:
     """(subject, text) pairs in a fixed shuffled order, the same on every machine.
 
@@ -303,6 +338,7 @@ def drills() -> Iterator[tuple[str, str]]:
             (dialogue, number),
             (scene, number),
             (switches, number),
+            (words, number),
             *((recall, 5 * number + again) for again in range(5)),
         )
         for make, what in about:

@@ -25,8 +25,14 @@ from tests.conftest import ROOT, run_processes
 SHAPE = "--layers 1 --dim 32 --heads 2 --vocab_size 500".split()
 RUN = "--device cpu --seq_len 384 --batch_size 8 --micro_batch_size 4 --steps 6 --lr 1e-2".split()
 RUN += "--optimizer adamw --warmup_steps 2 --min_lr 0 --schedule cosine".split()
-SMALL = "--examples 60 --eval_examples 10 --samples 1 --eval_every 0 --save_every 2 --log_every 1".split()
+SMALL = "--examples 60 --questions 1 --eval_examples 10 --samples 1 --eval_every 0 --save_every 2 --log_every 1".split()
 FAST = [*SHAPE, *RUN, *SMALL]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Away from runs/, where a base model might be found and taken."""
+    monkeypatch.chdir(tmp_path)
 
 
 def run(out: Path, *words: str) -> dict[int, float]:
@@ -182,10 +188,13 @@ def test_sum_loss_weighs_tokens_alike_in_all_steps(tmp_path: Path) -> None:
 def test_golden_trajectory(tmp_path: Path) -> None:
     """Twenty steps as they were when this was written; another value means that training changed."""
     curve = run(tmp_path / "a", "--steps", "20", "--chat_format", "tulu")
-    assert [round(curve[step], 3) for step in (1, 5, 10, 15, 20)] == GOLDEN
+    assert list(curve.values()) == pytest.approx(GOLDEN, abs=2e-3)
 
 
-GOLDEN = [6.642, 5.455, 4.03, 4.103, 3.481]
+GOLDEN = [
+    6.6988, 6.5172, 6.0744, 5.6734, 5.6901, 5.6845, 5.125, 4.7599, 4.6126, 4.6351,
+    4.1827, 3.7506, 4.0888, 3.6464, 4.027, 3.6619, 3.3966, 3.8269, 3.3593, 3.4559,
+]  # fmt: skip
 
 
 # Going on, order, mixture
