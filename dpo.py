@@ -60,7 +60,7 @@ class Config(PairConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours, for one thread of a laptop.
     "tiny": dict(
-        warm_steps=75, seq_len=64, batch_size=32, micro_batch_size=64, epochs=2, lr=1e-4, schedule="linear",
+        warm_steps=75, seq_len=64, batch_size=32, micro_batch_size=64, epochs=2, lr=3e-4, schedule="linear",
         weight_decay=0.0, log_every=5, eval_every=20, save_every=20,
     ),
     # Ours, for one GPU: a larger model on the same task.

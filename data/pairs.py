@@ -1,8 +1,8 @@
 """Comparisons from AI feedback: sample answers of our own model, let a judge compare them, keep what it says
 in both orders.
 
-    python data/pairs.py --model FOLDER --prompts FILE --out pairs.jsonl
-    python data/pairs.py --model FOLDER --prompts conversations --count 500 --out pairs.jsonl
+    python data/pairs.py --model FOLDER --prompts FILE --out runs/pairs
+    python data/pairs.py --model FOLDER --prompts conversations --count 500 --out runs/pairs
     python data/pairs.py --model FOLDER --prompts FILE --judge http://HOST/v1 --judge_model NAME
 
 MOSS built its preference data so, from some 180,000 contexts (OpenMOSS/MOSS, README; the paper's abstract
@@ -36,7 +36,7 @@ import torch
 from core.checkpoint import load_pretrained, resolve_folder, weight_files
 from core.config import UserError, parse, require, run_main
 from core.decode import pack_weights
-from core.run import Run
+from core.run import Run, write_json
 from data.demonstrations import teach
 from data.judges import Judge, RuleJudge, chat_format_of, in_both_orders, make_judge
 from data.pair_batches import PairConfig, PairData, load_pairs
@@ -54,7 +54,7 @@ class Config:
     preset: str = "default"
     model: str = ""  # model folder or hub id that answers
     prompts: str = "conversations"  # a file, conversations, or a made task such as sorting
-    out: str = "pairs.jsonl"  # file to write, or to go on with
+    out: str = "runs/pairs"  # folder for pairs.jsonl, or a .jsonl file, to write or to go on with
     judge: str = "rule"  # rule, model:FOLDER, or the address of an OpenAI-compatible endpoint
     judge_model: str = ""  # the model that the endpoint is asked for
     count: int = 1000  # prompts; 0 = all of a file
@@ -85,7 +85,7 @@ def make_pairs(config: Config) -> Counter:
     chat_format = chat_format_of(tokenizer.chat_template)
     prompts = read_prompts(config.prompts, config.count, config.seed, chat_format == "moss")
     run = identity(config, folder, prompts)
-    path = Path(config.out)
+    path = file_of(config)
     counts = written(path, run, len(prompts))
     done = counts.total()
     if done:
@@ -113,7 +113,8 @@ def make_pairs(config: Config) -> Counter:
                 seed=random.Random(f"{config.seed}/{start}").getrandbits(60),
             )
             seconds += time.monotonic() - begun
-            tokens += sum(len(tokenizer.encode(reply["content"])) + 1 for reply in made)
+            parts = [reply[key] for reply in made for key in WRITTEN if key in reply]
+            tokens += sum(len(tokenizer.encode(part)) + 1 for part in parts)
             groups = [made[i : i + config.num_samples] for i in range(0, len(made), config.num_samples)]
             work = [(n, *one) for n, one in enumerate(zip(chunk, groups, strict=True), start) if n >= done]
             for record in judged(work, judge, config):
@@ -125,6 +126,10 @@ def make_pairs(config: Config) -> Counter:
     if seconds:
         print(f"{tokens / seconds:,.0f} tokens a second of answers")
     return counts
+
+
+def file_of(config: Config) -> Path:
+    return Path(config.out) if config.out.endswith(".jsonl") else Path(config.out, "pairs.jsonl")
 
 
 def judged(
@@ -192,6 +197,7 @@ def identity(config: Config, folder: Path, prompts: list[Prompt]) -> str:
     return sha256(f"{sorted(settings.items())}{weights_hash(folder)}{asked}".encode()).hexdigest()[:16]
 
 
+WRITTEN = ("thoughts", "commands", "content")  # what a model writes of a reply
 UNIMPORTANT = (
     "model",
     "out",
@@ -290,8 +296,11 @@ def main() -> None:
     config = parse(Config, {"default": {}}, about=__doc__)
     require(bool(config.model), "--model FOLDER: the model that answers")
     counts = make_pairs(config)
-    print(f"{config.out}: {report(counts)}")
-    print(f"next: python dpo.py --init_from {config.model} --data {config.out}")
+    path = file_of(config)
+    if path.name not in config.out:
+        write_json(path.with_name("summary.json"), {"prompts": counts.total(), **counts})
+    print(f"{path}: {report(counts)}")
+    print(f"next: python dpo.py --init_from {config.model} --data {path}")
 
 
 if __name__ == "__main__":
