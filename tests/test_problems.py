@@ -8,6 +8,7 @@ from core.config import UserError
 from core.rewards import REWARDS
 from data import problems
 from data.problems import TASKS, Problems, read_problems
+from data.readers import read_conversations
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -131,3 +132,15 @@ def test_gsm8k(real_data):
     assert len(read) == 7473 and not remarks
     assert all("<<" not in p.demonstration["content"] for p in read)
     assert all(REWARDS["math"](p.demonstration["content"], p.answer) == 1.0 for p in read[:500])
+
+
+def test_solved_problems_are_conversations(tmp_path, monkeypatch, capsys):
+    """What the command prints is read as conversations, thoughts and all, and holds no held-out problem."""
+    monkeypatch.setattr("sys.argv", ["problems.py", "steps", "200"])
+    problems.main()
+    path = tmp_path / "thoughts.jsonl"
+    path.write_text(capsys.readouterr().out)
+    talks = read_conversations(str(path)).conversations
+    held_out = {problem.prompt for problem in Problems(("steps",), seed=0).test(2000)}
+    assert len(talks) == 200 and not held_out & {talk[0]["content"] for talk in talks}
+    assert all(talk[1]["content"].startswith("<think>") for talk in talks)
