@@ -58,21 +58,21 @@ class Config(RunConfig):
     optimizer: Literal["adamw", "muon"] = "adamw"
     beta2: float = 0.999  # AdamW's second momentum; PyTorch's default, as in Prismatic
     scenes: int = 8000  # drawn pictures to train on
-    objects: int = 2  # most things in one
-    turns: int = 6  # questions about each
+    objects: int = 3  # most things in one
+    turns: int = 7  # questions about each
     eval_rows: int = 900  # held-out rows
-    tower_steps: int = 800  # steps of training the small encoders
+    tower_steps: int = 600  # steps of training the small encoders
     tower_batch: int = 32  # scenes in each
     blind_steps: int = 200  # steps on words alone, where the language model is made here
     layers: int = 4  # its shape
-    dim: int = 128
+    dim: int = 64
     vocab_size: int = 600
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.objects in range(1, 10), "--objects must be between 1 and 9")
         require(0 <= self.max_bad <= 1, "--max_bad must be between 0 and 1")
-        require(self.dim % 32 == 0, f"--dim {self.dim} must be a multiple of 32, the size of a head")
+        require(self.dim % 16 == 0, f"--dim {self.dim} must be a multiple of 16, the size of a head")
 
 
 # Prismatic's settings, which Moxin-VLM's configuration repeats: one stage, frozen encoders, 2 epochs of
@@ -102,9 +102,10 @@ MOXIN: dict[str, Any] = dict(
 )
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
+        chat_format="pure",
         optimizer="muon",
-        steps=1500,
-        seq_len=256,
+        steps=2000,
+        seq_len=320,
         batch_size=16,
         micro_batch_size=16,
         lr=6e-3,
@@ -112,8 +113,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         warmup_steps=50,
         weight_decay=0.05,
         beta2=0.95,
-        eval_every=500,
-        save_every=500,
+        eval_every=1000,
+        save_every=1000,
     ),
     "small": dict(
         init_from="runs/sft-small/model",
@@ -201,15 +202,14 @@ def load_words(config: Config, rows: Rows) -> Tokenizer:
 
 def made_shape(config: Config, vocab_size: int) -> Shape:
     """Of the language model that is made where there is none to start from."""
-    heads = config.dim // 32
     return Shape(
         vocab_size=vocab_size,
         layers=config.layers,
         dim=config.dim,
-        heads=heads,
-        kv_heads=max(1, heads // 2),
-        head_dim=32,
-        ffn_dim=config.dim * 11 // 4,
+        heads=config.dim // 16,
+        kv_heads=config.dim // 16,
+        head_dim=16,
+        ffn_dim=config.dim * 3,
         max_seq_len=max(1024, config.seq_len),
         tied=True,
         init_std=config.dim**-0.5,

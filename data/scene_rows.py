@@ -200,7 +200,8 @@ class SceneRows(Rows):
             if first is None or self.held_out and first.about and not first.about & HELD_OUT:
                 continue
             questions = {kind: first}
-            for other in rng.sample(self.kinds, len(self.kinds)):
+            short = [kind for kind in self.kinds if kind != "caption"]  # a caption outweighs all the others
+            for other in rng.sample(short, len(short)):
                 if len(questions) < self.turns and (question := getattr(asker, other)()):
                     questions.setdefault(other, question)
             return scene, list(questions.items())

@@ -533,7 +533,7 @@ def test_check_data_reports_and_fails(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--data", "absent.json"], "absent.json: no such file"),
         (["--data", "model.py"], "expected .json, .jsonl or .tar"),
         (["--objects", "12"], "--objects must be between 1 and 9"),
-        (["--dim", "50"], "multiple of 32"),
+        (["--dim", "50"], "multiple of 16"),
         (["--resize", "squash"], "--resize 'squash': expected one of naive, crop, letterbox"),
         (["--vision", "nowhere/at/all"], "nowhere/at/all"),
         (["--max_bad", "2"], "--max_bad must be between 0 and 1"),
