@@ -5,7 +5,7 @@ digits to sort, the numbers and target of a Countdown, the expression to compute
 sides. Files are JSON or JSONL with `problem` (or `question`) and `answer`, in the manner of DeepScaleR, GSM8K
 (the answer after `####`) and MATH (the answer in the last box of `solution`).
 
-    python -m data.problems steps 5000 > thoughts.jsonl      solved problems as conversations for sft.py
+    python data/problems.py steps 5000 > thoughts.jsonl      solved problems as conversations for sft.py
 """
 
 import hashlib
@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # run as a file: import from the repository, not from data/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from core.config import UserError, nearest, require, run_main
 from core.rewards import REWARDS, last_boxed
@@ -231,7 +234,7 @@ class Problems:
 
 
 def main() -> None:
-    require(len(sys.argv) == 3 and sys.argv[2].isdecimal(), "python -m data.problems TASK_OR_FILE COUNT")
+    require(len(sys.argv) == 3 and sys.argv[2].isdecimal(), "python data/problems.py TASK_OR_FILE COUNT")
     problems = Problems((sys.argv[1],), seed=0)
     for index in range(int(sys.argv[2])):
         print(json.dumps({"messages": problems.train(index).solved()}, ensure_ascii=False))
