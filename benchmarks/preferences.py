@@ -4,9 +4,9 @@
     python benchmarks/preferences.py --real FOLDER --model MODEL    pairs of people, English and Chinese
     python benchmarks/preferences.py --speed                pairs a CPU second against TRL's DPOTrainer
 
-Sorting: the commands of docs/preferences.md, run in one process. A row is the share of right answers among four
-sampled (temperature 1) to each of 200 held-out prompts. The judge is the rule that knows the answer; the tags
-are the preference model's alone.
+Sorting: the commands of docs/preferences.md, run in one process. A row is the share of right answers among
+four sampled (temperature 1) to each of 200 held-out prompts. The judge is the rule that knows the answer; the
+tags are the preference model's alone.
 
 Real pairs: FOLDER holds dpo_en_demo.json and dpo_zh_demo.json. Speed: the same model (4 layers, width 256,
 vocabulary 1,000), pairs, batch of 16 pairs, cached reference, float32, AdamW, one thread; processes of either

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import chat
 import dpo
 import preference
 import sft
@@ -24,6 +23,7 @@ from data.pair_batches import PairItem, pair_batches, read_pairs, render_answer
 from data.pairs import weights_hash
 from data.prompts import Prompt
 from data.readers import read_conversations
+from data.sessions import Conversation
 from data.tokenizer import load_tokenizer, train_tokenizer
 from model import Config as Shape
 from model import Transformer
@@ -422,11 +422,11 @@ def test_chat_asks_for_a_quality(made: list[str]) -> None:
     tokenizer = load_tokenizer(made[1])
     best, worst = (tokenizer.special_tokens[f"<quality_{k}>"] for k in (4, 0))
     for word, tag in (("best", best), ("worst", worst), ("4", best), ("", None)):
-        conversation = chat.Conversation(tokenizer, quality=word)
+        conversation = Conversation(tokenizer, quality=word)
         conversation.add_user("sort 21")
         found = {best, worst} & set(conversation.ids)
         assert found == ({tag} if tag else set())
-    conversation = chat.Conversation(tokenizer, quality="best")
+    conversation = Conversation(tokenizer, quality="best")
     conversation.add_user("sort 21")
     assert [worst if i == best else i for i in conversation.ids] == conversation.avoided() != conversation.ids
 
