@@ -67,8 +67,8 @@ class Config(RunConfig):
 # fmt: off
 PRESETS = {
     "tiny": dict(
-        model="tiny", steps=320, seq_len=256, batch_size=16, micro_batch_size=16, optimizer="muon",
-        lr=1e-2, min_lr=1e-3, warmup_steps=20, eval_every=80, save_every=80,
+        model="tiny", steps=600, seq_len=256, batch_size=8, micro_batch_size=8, optimizer="muon",
+        lr=1e-2, min_lr=1e-3, warmup_steps=30, eval_every=200, save_every=200,
     ),
     # About 1 B tokens of English, Chinese and code.
     "small": dict(

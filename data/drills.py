@@ -254,6 +254,13 @@ def recall(number: int, chinese: bool, rng: random.Random) -> str:
     return "\n".join(lines)
 
 
+def echo(number: int, chinese: bool, rng: random.Random) -> str:
+    """A line of names and numbers, said again and again: copying at its plainest, where it is learnt first."""
+    said = [made_up(chinese, rng) for _ in range(rng.randint(2, 8))]
+    said.insert(rng.randrange(len(said)), str(number))
+    return "\n".join([("，" if chinese else ", ").join(said)] * rng.randint(3, 4))
+
+
 def scene(number: int, chinese: bool, rng: random.Random) -> str:
     """Pictures in words (core/scenes.py), each said again or in the other language."""
     lines = []
@@ -324,7 +331,7 @@ def drills() -> Iterator[tuple[str, str]]:
     """(subject, text) pairs in a fixed shuffled order, the same on every machine.
 
     Arithmetic comes twice, about a large and about a small number, since small ones are what is met most;
-    recall five times, since nothing else teaches to copy and later stages need it in every answer.
+    recall and echo come often, since nothing else teaches to copy and later stages need it in every answer.
     """
     order = list(range(SUBJECTS))
     random.Random(0).shuffle(order)
@@ -339,7 +346,8 @@ def drills() -> Iterator[tuple[str, str]]:
             (scene, number),
             (switches, number),
             (words, number),
-            *((recall, 5 * number + again) for again in range(5)),
+            *((recall, 3 * number + again) for again in range(3)),
+            *((echo, 5 * number + again) for again in range(5)),
         )
         for make, what in about:
             name = f"{make.__name__} {what}"
