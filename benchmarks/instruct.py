@@ -9,6 +9,7 @@ off: what differs is one line of the meta-instruction. Prints the least and the 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,8 @@ def main() -> None:
         if not (folder / "summary.json").exists():
             command = [sys.executable, "sft.py", "--preset", "tiny", "--init_from", arguments.base]
             command += ["--seed", str(seed), "--out", str(folder)]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=one_thread)
             if done.returncode:
                 sys.exit(f"seed {seed} failed: {done.stderr.strip().splitlines()[-1]}")
         summary = json.loads((folder / "summary.json").read_text())
