@@ -255,7 +255,7 @@ def recall(number: int, chinese: bool, rng: random.Random) -> str:
 
 
 def echo(number: int, chinese: bool, rng: random.Random) -> str:
-    """A line of names and numbers, said again and again: copying at its plainest, where it is learnt first."""
+    """A line of names and numbers, said again and again: copying at its plainest, learnt here first."""
     said = [made_up(chinese, rng) for _ in range(rng.randint(2, 8))]
     said.insert(rng.randrange(len(said)), str(number))
     return "\n".join([("，" if chinese else ", ").join(said)] * rng.randint(3, 4))
