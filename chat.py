@@ -73,14 +73,14 @@ def folder_of(config: Config) -> Path:
     return resolve_folder(config.model) if config.model else newest_model()
 
 
-def sampling_of(config: Config, assistant: Assistant) -> Sampling:
+def sampling_of(config: Config, stop_ids: tuple[int, ...] = ()) -> Sampling:
     return Sampling(
         config.temperature,
         config.top_p,
         config.top_k,
         config.min_p,
         config.repetition_penalty,
-        assistant.stop_ids,
+        stop_ids,
         contrast=config.contrast,
     )
 
@@ -92,7 +92,7 @@ def open_conversation(config: Config, assistant: Assistant) -> Conversation:
 def reply(conversation: Conversation, text: str, assistant: Assistant, config: Config) -> None:
     """One turn: the user's message, and what the model does then, as it comes. Ctrl-C ends it where it is."""
     conversation.add_user(text)
-    sampling = sampling_of(config, assistant)
+    sampling = sampling_of(config, assistant.stop_ids)
     events = respond(assistant.model, conversation, sampling, config.max_new_tokens, config.seed)
     try:
         show(events, config)
@@ -128,7 +128,7 @@ def go_on(text: str, assistant: Assistant, config: Config) -> None:
     ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
     print(text, end="", flush=True)
     try:
-        sampling, limit = sampling_of(config, assistant), config.max_new_tokens
+        sampling, limit = sampling_of(config, assistant.stop_ids), config.max_new_tokens
         for piece, _ in stream(assistant.model, ids, tokenizer, sampling, limit, config.seed):
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
@@ -183,15 +183,27 @@ def save(messages: list[Message], path: str) -> None:
         print(f"/save {path!r}: {error.strerror}; give a file that can be written", file=sys.stderr)
 
 
+def serve_page(config: Config) -> None:
+    """--web."""
+    try:
+        from web.server import serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"--web needs {error.name}: pip install -r requirements-web.txt") from None
+
+    def load(folder: Path) -> Assistant:
+        return load_assistant(folder, config.device, config.dtype, config.quantize)
+
+    sampling = sampling_of(config)
+    serve(folder_of(config), load, sampling, config.max_new_tokens, config.documents, config.port)
+
+
 def main() -> None:
     config = parse(Config, {"default": {}}, about=__doc__)
     require(not config.raw or bool(config.prompt), "--raw needs --prompt, the text to continue")
     require(config.quality == "best" or not config.contrast, "--contrast needs --quality best")
     if config.web:
         require(not config.prompt, "--web: the prompt is written in the browser; leave out --prompt")
-        from web.server import serve
-
-        serve(folder_of(config), config)
+        serve_page(config)
         return
     assistant = load_assistant(folder_of(config), config.device, config.dtype, config.quantize)
     if config.raw:

@@ -155,6 +155,10 @@ class Conversation:
         if self.ids[-1] != self.tokenizer.eos_id:
             self.ids.append(self.tokenizer.eos_id)
 
+    def quote(self, text: str) -> None:
+        """Append an earlier answer of which only the text is left."""
+        self.add_answer(text, Completion(self.tokenizer.encode(text)))
+
 
 class PureConversation(Conversation):
     """Prismatic's plain format, in which Moxin-VLM was trained."""
@@ -234,6 +238,9 @@ class MossConversation(Conversation):
         self.ids += completion.tokens
         (end,) = end_ids(self.tokenizer, "<eom>")
         self.ids += ([] if completion.tokens[-1:] == [end] else [end]) + self.tokenizer.encode("\n")
+
+    def quote(self, text: str) -> None:
+        self.add_answer(text, Completion(self.tokenizer.encode(f" {text}")))
 
 
 def respond(
