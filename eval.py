@@ -46,7 +46,7 @@ class Config(Asking):
     compare: tuple[str, ...] = ()  # two such folders: print the second's scores less the first's, and stop
     contamination: tuple[str, ...] = ()  # training text, prepared or not, to look for the questions in
     allow_code_execution: bool = False  # run the programs that the model writes (core/code_execution.py)
-    samples: int = 0  # answers a question, at --temperature, for pass@k; 0 = the task's own number
+    samples: int = 1  # programs a question, at --temperature, for pass@k
     max_new_tokens: int = 0  # longest answer; 0 = the task's own
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, float32 on cpu
@@ -54,14 +54,16 @@ class Config(Asking):
     resume: ClassVar[bool] = False  # there are no checkpoints to go on from
 
     def __post_init__(self) -> None:
-        for name in ("limit", "made", "samples", "max_new_tokens", "seed", "temperature"):
+        for name in ("limit", "max_new_tokens", "seed", "temperature"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
-        require(self.batch_tokens > 0, f"--batch_tokens must be at least 1, got {self.batch_tokens}")
+        for name in ("made", "samples", "batch_tokens"):
+            require(getattr(self, name) > 0, f"--{name} must be at least 1, got {getattr(self, name)}")
+        require(self.samples == 1 or self.temperature > 0, "--samples needs a --temperature above 0")
         require(len(self.compare) in (0, 2), "--compare takes two folders of evaluations")
 
 
 PRESETS: dict[str, dict[str, Any]] = {"tiny": {}, "small": dict(made=1000)}
-Values = dict[str, dict[str, float]]  # {metric: {"value", "stderr", "n"}}
+Values = dict[str, dict[str, Any]]  # {metric: {"value", "stderr", "n"}}
 
 
 def planned(config: Config) -> dict[str, Task]:
@@ -78,7 +80,7 @@ def planned(config: Config) -> dict[str, Task]:
             task,
             shots=int(shots) if shots else task.shots if config.shots < 0 else config.shots,
             max_new_tokens=config.max_new_tokens or task.max_new_tokens,
-            samples=config.samples or task.samples,
+            samples=config.samples if task.how == "code" else 1,
         )
         require(
             task.how != "code" or config.allow_code_execution,
@@ -98,11 +100,9 @@ def place_of(words: tuple[str, ...], name: str, otherwise: str) -> str:
 
 def questions(name: str, task: Task, config: Config) -> tuple[list[Item], list[str]]:
     """The items of a task, and the text before each one's own prompt."""
-    place = place_of(config.data, name, task.hub)
+    place = place_of(config.data, name, task.hub) if task.item else ""
     if not place:
-        require(
-            task.made is not None, f"{name}: no data set on the hub has its form; give --data {name}=FILE"
-        )
+        require(task.made, f"{name}: no data set on the hub has its form; give --data {name}=FILE")
         items = task.made(config.limit or config.made, config.seed)
         return items, [""] * len(items)
     everything = items_of(task, name, place, task.split, 0 if task.shots else config.limit, config.images)
@@ -121,24 +121,16 @@ def evaluate(
     """Records of a task's questions. Each process asks every n-th of them."""
     mine = range(run.rank, len(items), run.world_size)
     own, own_heads = [items[i] for i in mine], [heads[i] for i in mine]
+    answers = ASK[task.how](pupil, own, own_heads, task, config) if own else []
     records = []
-    for i, item, head, (given, shown) in zip(
-        mine, own, own_heads, ASK[task.how](pupil, own, own_heads, task, config) if own else [], strict=True
-    ):
+    for i, item, head, (given, shown) in zip(mine, own, own_heads, answers, strict=True):
         grade = task.grade(given, item)
         metric = next(iter(grade))
-        record = {
-            "task": name,
-            "id": i,
-            "subject": item.subject,
-            "prompt": head + item.prompt,
-            "output": shown,
-        }
-        record |= {"answer": getattr(item.answer, "answer", item.answer), "score": grade[metric]}
-        record |= {"weight": grade.get(f"{metric}:weight", 1), "metrics": grade}
-        record |= (
-            {"picture": str(item.pictures[0])} if item.pictures and isinstance(item.pictures[0], Path) else {}
-        )
+        record = {"task": name, "id": i, "subject": item.subject, "prompt": head + item.prompt}
+        record |= {"output": shown, "answer": getattr(item.answer, "answer", item.answer)}
+        record |= {"score": grade[metric], "weight": grade.get(f"{metric}:weight", 1), "metrics": grade}
+        if item.pictures and isinstance(item.pictures[0], Path):
+            record["picture"] = str(item.pictures[0])
         records.append(record)
     return sorted(gather(records, run), key=lambda record: record["id"])
 
@@ -150,11 +142,13 @@ def summarise(records: list[dict[str, Any]]) -> Values:
         grades = [record["metrics"] for record in records if metric in record["metrics"]]
         weights = [grade.get(f"{metric}:weight", 1.0) for grade in grades]
         mean, error = mean_and_error([grade[metric] for grade in grades], weights)
+        error = None if math.isnan(error) else error  # of a single question it is unknown
         values[metric] = {"value": mean, "stderr": error, "n": len(grades)}
     if "nats_per_token" in values:
         nats = values["nats_per_token"]
         mean = math.exp(nats["value"])
-        values["perplexity"] = {"value": mean, "stderr": mean * nats["stderr"], "n": nats["n"]}
+        error = nats["stderr"] and mean * nats["stderr"]
+        values["perplexity"] = {"value": mean, "stderr": error, "n": nats["n"]}
     return values
 
 
@@ -179,10 +173,11 @@ def look_for(items: dict[str, list[Item]], records: list[dict[str, Any]], config
 
 def table(rows: dict[str, Values]) -> str:
     """One line a task and metric."""
-    lines = [f"{'task':32}{'metric':20}{'value':>10}{'+-':>9}{'n':>8}"]
+    lines = [f"{'task':36}{'metric':18}{'value':>10}{'+-':>9}{'n':>8}"]
     for name, values in rows.items():
         for metric, one in values.items():
-            lines.append(f"{name:32}{metric:20}{one['value']:10.4f}{one['stderr']:9.4f}{one['n']:8}")
+            error = "-" if one["stderr"] is None else f"{one['stderr']:.4f}"
+            lines.append(f"{name:36}{metric:18}{one['value']:10.4f}{error:>9}{one['n']:8}")
     return "\n".join(lines)
 
 
@@ -237,6 +232,9 @@ def main() -> None:
         if run.main:
             with open(run.folder / "records.jsonl", "a" if len(asked) > 1 else "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in own)
+        if run.should_stop():
+            run.say("stopped: what follows is of the tasks above alone")
+            break
     if config.contamination:
         summary["contamination"] = look_for(asked, records, config)
         for name, found in summary["contamination"].items():

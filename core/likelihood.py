@@ -155,23 +155,25 @@ def score(
     model: Transformer,
     questions: Sequence[Sequence[Request]],
     batch_tokens: int = 8192,
-    features: Sequence[Tensor] = (),
+    features: Sequence[Tensor | None] = (),
 ) -> list[list[float]]:
     """log p of each request's targets, in nats, [question][request].
 
-    batch_tokens: about how many tokens, padding included, go through the model at a time. features: where the
-    questions speak of pictures (PATCH among their first tokens), [pictures, patches, dim] of each.
+    batch_tokens: about how many tokens, padding included, go through the model at a time. features: of each
+    question, [pictures, patches, dim] of the pictures (PATCH) that all its options begin with, or None.
     """
     numbers = iter(range(sum(map(len, questions))))
     numbered = [[(next(numbers), request) for request in question] for question in questions]
     sums = torch.zeros(sum(map(len, questions)), dtype=torch.float64)
-    seen = {question[0][0]: one for question, one in zip(numbered, features, strict=False)}
+    pairs = zip(numbered, features, strict=bool(features))
+    seen = {question[0][0]: one for question, one in pairs if one is not None}
     # Two pictures look alike as tokens, so questions about pictures share nothing.
     groups = [Family([], numbered)] if seen else families(numbered) if numbered else []
     for family in groups:
         past = read(model, [family.shared], None, [0], keep=True)[1] if family.shared else None
         for batch in batches(family, batch_tokens):
-            pictures = {"features": torch.cat([seen[question[0][0]] for question in batch])} if seen else {}
+            shown = [seen[question[0][0]] for question in batch if question[0][0] in seen]
+            pictures = {"features": torch.cat(shown)} if shown else {}
             add_scores(model, batch, len(family.shared), past, batch_tokens, sums, **pictures)
     return [[sums[number].item() for number, _ in question] for question in numbered]
 

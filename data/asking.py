@@ -208,8 +208,7 @@ def ask_look_options(
     pupil: Pupil, items: list[Item], heads: list[str], task: Task, config: Asking
 ) -> Answers:
     """log p of each option as an answer about the pictures."""
-    features = [one for one in look(pupil, items) if one is not None]
-    asked = []
+    features, asked = look(pupil, items), []
     for item in items:
         prompt = pupil.seer.prompt(item.prompt, len(item.pictures))
         ids = pupil.tokenizer.encode_many(list(item.options))

@@ -59,7 +59,6 @@ class Task:
     stop: tuple[str, ...] = ()  # what ends an answer, besides the end of text
     max_new_tokens: int = 256
     samples: int = 1
-    temperature: float = 0.0
     made: Callable[[int, int], list[Item]] | None = None  # (count, seed) -> items made on the spot
 
 

@@ -257,6 +257,8 @@ def test_contamination_of_prepared_text(folder: Path, tmp_path: Path) -> None:
         (["--limit", "-1"], "--limit must not be negative"),
         (["--compare", "here"], "takes two folders"),
         (["--samples", "0.5"], "a whole number"),
+        (["--samples", "8"], "--samples needs a --temperature"),
+        (["--made", "0"], "--made must be at least 1"),
     ],
 )
 def test_refused(
@@ -297,3 +299,9 @@ def test_equal_to_lm_eval(real_data: Path) -> None:
     assert "prompts 6/6, texts 6/6, verdicts of both filters on their texts 12/12" in lines["GSM8K, 5 shots"]
     ours, theirs = (float(lines["bits per byte"].split()[i]) for i in (-6, -4))
     assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_one_question_has_no_error(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_rows(tmp_path / "piqa.jsonl", piqa(1))
+    call(monkeypatch, "--model", folder, "--tasks", "piqa", "--data", file, "--out", tmp_path / "out")
+    assert read_back(tmp_path / "out")[1]["tasks"]["piqa"]["acc"]["stderr"] is None
