@@ -7,7 +7,7 @@ demonstrations and of reinforcement, evaluation not counted. Experiments:
 
     sorting      sort 8 digits
     countdown    reach a number with three others; held out by numbers and target
-    steps        the last digit after six operations, with thoughts; the control is shown answers alone
+    steps        the last digit after five operations, with thoughts; one control is shown answers alone
     calculator   products of two three-digit numbers with the calculator; then the same model without it
 
 Controls: the same start with rewards given to the wrong completions, and a new model taught by demonstrations
@@ -17,6 +17,7 @@ for as long as the first row took in all.
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,24 +25,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATE = ["--steps", "1", "--lr", "0"]  # the one rollout changes nothing
-CALCULATOR = "Calculator: enabled. API: Calculate(expression)"
-
-# experiment -> arguments of grpo.py
-EXPERIMENTS: dict[str, list[str]] = {
-    "sorting": [],
-    "countdown": ["--data", "countdown", "--warm_steps", "300", "--steps", "120"],
-    "steps": "--data steps --warm_steps 200 --steps 40 --seq_len 128 --max_new_tokens 64".split(),
-    "calculator": "--data products --chat_format moss --seq_len 128 --max_new_tokens 40 --steps 30".split()
-    + ["--system", CALCULATOR, "--tools", "calculator", "--warm_steps", "300"],
+# Longer answers, so fewer of them.
+LONGER = "--seq_len 128 --prompts 16 --max_new_tokens 56 --steps 30 --lr 4e-4 --eval_problems 100"
+MOSS = "--chat_format moss --vocab_size 420 --system 'Calculator: enabled. API: Calculate(expression)'"
+EXPERIMENTS = {  # arguments of grpo.py
+    "sorting": "",
+    "countdown": "--data countdown --warm_steps 500",
+    "steps": f"--data steps --warm_steps 150 --warm_lr 4e-3 --eval_every 5 {LONGER}",
+    "calculator": f"--data products --warm_steps 90 {LONGER} {MOSS} --tools calculator",
 }
 
 
 def run(folder: Path, seed: int, *arguments: str) -> dict:
     """One run of grpo.py in a process of its own; its summary."""
-    command = [sys.executable, str(ROOT / "grpo.py"), "--out", str(folder), "--seed", str(seed), *arguments]
-    command += ["--preset", "tiny", "--device", "cpu", "--save_every", "0", "--log_every", "1"]
+    command = [sys.executable, str(ROOT / "grpo.py"), "--out", str(folder), "--seed", str(seed)]
+    command += "--preset tiny --device cpu --save_every 0 --eval_every 0 --log_every 1".split()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads((folder / "summary.json").read_text())
@@ -49,19 +49,18 @@ def run(folder: Path, seed: int, *arguments: str) -> dict:
 
 def rows(experiment: str, seed: int, folder: Path) -> dict[str, dict]:
     """The summaries of an experiment's runs with one seed, by name."""
-    arguments = EXPERIMENTS[experiment]
+    arguments = shlex.split(EXPERIMENTS[experiment])
     first = run(folder / "grpo", seed, *arguments)
     found = {"demonstrations + GRPO": first}
     if experiment == "calculator":
-        place = arguments.index("--tools")
-        without = arguments[:place] + arguments[place + 2 :] + ["--init_from", str(folder / "grpo/model")]
+        without = [*arguments[:-2], "--init_from", str(folder / "grpo/model")]
         found["  the same, calculator off"] = run(folder / "off", seed, *without, *EVALUATE)
     else:
         start = ["--init_from", str(folder / "grpo/start"), "--shuffle_rewards"]
         found["  rewards shuffled"] = run(folder / "shuffled", seed, *arguments, *start)
     name = "demonstrations, same time"
     if experiment == "steps":
-        arguments, name = ["--data", "steps-direct", *arguments[2:]], "answers alone, same time"
+        name, arguments = "answers alone, same time", ["--data", "steps-direct", *arguments[2:]]
     trial = run(folder / "trial", seed, *arguments, "--warm_steps", "50", *EVALUATE, "--eval_problems", "8")
     budget = sum(first["cpu_seconds"].values())
     steps = round(50 * budget / trial["cpu_seconds"]["demonstrations"])

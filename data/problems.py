@@ -100,18 +100,22 @@ def arithmetic(rng: random.Random) -> Problem:
     return Problem(f"compute {left}{sign}{right}", value, "math", {"content": value})
 
 
-def steps(rng: random.Random, count: int = 6, thoughts: bool = True) -> Problem:
-    """'3 +4 *7 -6 ... last digit' -> '9', with each intermediate digit thought aloud.
+OPERATIONS = ("+1", "+2", "+3", "-1", "-2", "-3", "*2", "*3")
 
-    One step is a table of a hundred entries; six in a row are more than a small model does at once.
+
+def steps(rng: random.Random, count: int = 5, thoughts: bool = True) -> Problem:
+    """'last digit: 4 *2 -3 *2 +3 -1' -> '2', with each intermediate digit thought aloud.
+
+    One step is a table of 80 entries. Five in a row, in which the order matters, are more than a small model
+    does at once.
     """
     value = rng.randint(0, 9)
     words, lines = [str(value)], []
-    for _ in range(count):
-        sign, number = rng.choice("+-*"), rng.randint(1, 9)
+    for operation in rng.choices(OPERATIONS, k=count):
+        sign, number = operation[0], int(operation[1:])
         result = {"+": value + number, "-": value - number, "*": value * number}[sign] % 10
-        words.append(f"{sign}{number}")
-        lines.append(f"{value}{sign}{number}={result}")
+        words.append(operation)
+        lines.append(f"{value}{operation}={result}")
         value = result
     content = f"<think>{' '.join(lines)}</think>\\boxed{{{value}}}" if thoughts else f"\\boxed{{{value}}}"
     return Problem(f"last digit: {' '.join(words)}", str(value), "math", {"content": content})
