@@ -194,9 +194,8 @@ def evaluate(
         reward = judge.score(prompt, reply["content"])
         tally += torch.tensor([1, reward, right is not None, right or 0.0], dtype=torch.double)
         if number % config.eval_samples == 0 and number < 3 * config.eval_samples:
-            run.say(
-                f"  {talks[number][-1]['content'][:80]!r} -> {reply['content'][:120]!r}  reward {reward:g}"
-            )
+            asked_for, said = talks[number][-1]["content"][:80], reply["content"][:120]
+            run.say(f"  {asked_for!r} -> {said!r}  reward {reward:g}")
     answers, rewards, checkable, right = run.sum(*tally)
     values["reward"] = rewards / answers
     if checkable:
@@ -211,11 +210,9 @@ def main() -> None:
 
     run = Run(config, "dpo")
     start, data, config = start_and_pairs(config, run)
-    source, moss = (
-        config.eval_prompts or ("" if config.init_from else "sorting"),
-        config.chat_format == "moss",
-    )
-    asked = (read_prompts(source, 200, config.seed, moss, held_out=True) if source else data.prompts)[:200]
+    asked, source = data.prompts[:200], config.eval_prompts or ("" if config.init_from else "sorting")
+    if source:
+        asked = read_prompts(source, 200, config.seed, config.chat_format == "moss", held_out=True)
     model = new_model(read_config(start), run)
     load_weights(model, start)
     # Before any forward: a sharded model gathers its weights in one, and those are not for the optimizer.

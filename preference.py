@@ -106,11 +106,9 @@ class PreferenceModel(Transformer):
 
     def scores(self, micro: PairBatch) -> Tensor:
         """[pairs, 2] float64, chosen first."""
-        bounds = micro.bounds(self.config.sliding_window)
-        hidden = self.hidden_states(micro.batch.tokens, bounds, micro.batch.positions).flatten(
-            0, 1
-        )  # [n T, dim]
-        return self.value(hidden[micro.ends.flatten()]).double().view(-1, 2)
+        rows, bounds = micro.batch, micro.bounds(self.config.sliding_window)
+        hidden = self.hidden_states(rows.tokens, bounds, rows.positions)  # [n, T, dim]
+        return self.value(hidden.flatten(0, 1)[micro.ends.flatten()]).double().view(-1, 2)
 
 
 def load_model(folder: Path, run: Run) -> PreferenceModel:
@@ -226,9 +224,9 @@ def read_responses(path: str) -> tuple[list[Response], Counter]:
 def score(
     model: PreferenceModel, responses: list[Response], tokenizer: Tokenizer, config: Config, run: Run
 ) -> int:
-    """Write the score of each response, on every process; how many were too long and cut."""
+    """Write the score of each response, on every process; how many were too long and lost their beginning."""
     whole = [render_answer([*r.prompt.messages, r.reply], tokenizer, config.chat_format) for r in responses]
-    sides = [replace(one, ids=one.ids[: config.seq_len], mask=one.mask[: config.seq_len]) for one in whole]
+    sides = [replace(one, ids=one.ids[-config.seq_len :], mask=one.mask[-config.seq_len :]) for one in whole]
     # Two by two through the batches of pairs; an odd one out goes with itself.
     couples = [PairItem(sides[i], sides[min(i + 1, len(sides) - 1)]) for i in range(0, len(sides), 2)]
     found = torch.zeros(len(couples), 2, dtype=torch.double)
@@ -264,12 +262,10 @@ def write_tagged(config: Config) -> None:
     """--score: tagged.jsonl, conversations for sft.py --quality_tags, and what the tags are like."""
     run = Run(config, "tagged")
     folder = resolve_folder(config.scorer)
-    require(
-        (folder / HEAD).exists(), f"{folder}: not a preference model (no {HEAD}); preference.py makes one"
-    )
+    require((folder / HEAD).exists(), f"{folder}: no preference model (no {HEAD}); preference.py makes one")
     tokenizer, model = load_tokenizer(folder), load_model(folder, run)
     responses, counts = read_responses(config.score)
-    counts["too long, scored at the cut"] = score(model, responses, tokenizer, config, run)
+    counts["too long, scored without the beginning"] = score(model, responses, tokenizer, config, run)
     tag(responses, config.levels)
     found: dict[int, list[Response]] = {}
     for response in responses:
@@ -283,10 +279,8 @@ def write_tagged(config: Config) -> None:
             "length": sum(len(r.reply["content"]) for r in members) / len(members),
             **({"right": sum(known) / len(known)} if known else {}),
         }
-        run.say(
-            f"<quality_{quality}>: "
-            + ", ".join(f"{k} {v:.3g}" for k, v in tags[f"<quality_{quality}>"].items())
-        )
+        figures = ", ".join(f"{name} {value:.3g}" for name, value in tags[f"<quality_{quality}>"].items())
+        run.say(f"<quality_{quality}>: {figures}")
     if run.main:
         unfinished = run.folder / ".tagged.jsonl.partial"
         with open(unfinished, "w", encoding="utf-8") as file:

@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-TUNING = "--chat_format tulu --optimizer adamw --lr 1e-3 --min_lr 0 --steps 120 --seq_len 128 --batch_size 64"
+TUNING = "--chat_format tulu --optimizer adamw --lr 1e-3 --min_lr 0 --steps 100 --seq_len 128 --batch_size 64"
 TUNING += " --micro_batch_size 32 --samples 0 --eval_every 0 --save_every 0 --weight_decay 0"
 
 
@@ -70,7 +70,9 @@ def right(folder: Path, quality: int | None = None, contrast: float = 0.0) -> fl
     made = generate(model, asked(quality), 16, 4, **options)
     texts = [[tokenizer.decode(one.tokens[:-1]) for one in group] for group in made]
     found = [prompt.check(text) for prompt, group in zip(prompts, texts, strict=True) for text in group]
-    return sum(found) / len(found)
+    share = sum(found) / len(found)
+    print(f"right {share:.3f}: {folder} {quality} {contrast}", file=sys.stderr, flush=True)
+    return share
 
 
 def sorting(seed: int, work: Path) -> dict[str, float]:
@@ -152,7 +154,7 @@ def real(folder: Path, model: str, seeds: list[int]) -> None:
 # Speed
 
 SHAPE = dict(vocab_size=1000, layers=4, dim=256, heads=4, kv_heads=2, head_dim=64, ffn_dim=704)
-PAIRS, BATCH, STEPS, WARM = 160, 16, 8, 2
+PAIRS, BATCH, STEPS, WARM = 96, 16, 5, 1
 
 
 def made_pairs() -> list[dict[str, list[int]]]:

@@ -386,7 +386,7 @@ def test_scored_tagged_and_read_by_fine_tuning(made: list[str], tmp_path: Path) 
     words = ["--score", str(made_file), "--scorer", scorer]
     run_scorer = lambda out, *w: score_words(tmp_path / out, *w)  # noqa: E731
     summary, lines = run_scorer("t", *words)
-    assert summary["counts"] == {"responses": 3, "cut off": 1, "too long, scored at the cut": 1}
+    assert summary["counts"] == {"responses": 3, "cut off": 1, "too long, scored without the beginning": 1}
     assert sum(one["responses"] for one in summary["tags"].values()) == 3
     assert all("right" in one for one in summary["tags"].values())
     assert sorted(line["messages"][-1]["quality"] for line in lines) == sorted({0, 2, 4} & {0, 1, 2, 3, 4})
@@ -464,7 +464,7 @@ def test_strange_inputs_are_named(made: list[str], tmp_path: Path) -> None:
         run("dpo", tmp_path / "b", *made, "--chat_format", "moss")
     with pytest.raises(UserError, match=r"no pair within --seq_len 8: .*pairs.jsonl:\d+: over length"):
         run("preference", tmp_path / "c", *made, "--seq_len", "8")
-    with pytest.raises(UsageError, match="not a preference model"):
+    with pytest.raises(UsageError, match="no preference model"):
         score_words(tmp_path / "d", "--score", made[3], "--scorer", made[1])
     (tmp_path / "bad.jsonl").write_text(
         '{"messages": [{"role": "user", "content": "q"}], "responses": [{}]}\n'
