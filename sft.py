@@ -50,7 +50,7 @@ class Config(RunConfig):
     val_data: tuple[str, ...] = ()  # validate on these instead of on a held-out part of --data
     val_fraction: float = 0.02  # that part
     examples: int = 6000  # generated conversations, where there is no --data
-    questions: int = 3  # in each of them
+    questions: int = 1  # in each of them
     skip_bad: bool = False  # count unreadable records instead of stopping
     keep_noisy: bool = False  # train on malformed commands and citations of missing results too
     chat_format: ChatFormat = "moss"  # tulu or moss
@@ -68,7 +68,7 @@ class Config(RunConfig):
     dim: int = 96
     heads: int = 3
     vocab_size: int = 700
-    eval_examples: int = 174  # generated questions asked before and after, in each held-out split
+    eval_examples: int = 165  # generated questions asked before and after, in each held-out split
     samples: int = 3  # validation prompts answered in the log
 
     def __post_init__(self) -> None:
@@ -84,8 +84,8 @@ class Config(RunConfig):
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        steps=1500, seq_len=384, batch_size=4, optimizer="muon", lr=5e-3, min_lr=1e-4, warmup_steps=30,
-        weight_decay=0.01, log_every=50, eval_every=500, save_every=500,
+        examples=16_000, steps=800, seq_len=256, batch_size=16, optimizer="muon", lr=8e-3, min_lr=1e-4,
+        warmup_steps=20, weight_decay=0.01, log_every=50, eval_every=400, save_every=400,
     ),
     "small": dict(
         examples=40_000, epochs=3, seq_len=2048, batch_size=128, micro_batch_size=8, lr=1e-4, min_lr=1e-5,

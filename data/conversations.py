@@ -274,6 +274,24 @@ def reference(draw: Draw) -> Talk:
     return turns, draw.say(f"Your {thing} is {colour}.", f"你的{thing}是{colour}的。"), colour
 
 
+REPEATS = {
+    "en": ["Repeat: {words}", "Please repeat: {words}", "Say this again: {words}", "Write down: {words}"],
+    "zh": ["重复：{words}", "请重复：{words}", "再说一遍：{words}", "写下：{words}"],
+}
+
+
+def repeat(draw: Draw) -> Talk:
+    """Numbers and names, said again: what a small model must learn before it can call a tool with them."""
+
+    def sample(rng: random.Random) -> tuple:
+        first, last = SYLLABLES[draw.language]
+        names = [rng.choice(first) + rng.choice(last) for _ in range(3)]
+        return tuple(rng.choice((rng.randrange(1000), name)) for name in names[: rng.randint(1, 3)])
+
+    words = draw.say(", ", "，").join(map(str, draw.values(sample)))
+    return [user(draw.words(REPEATS).format(words=words))], words, words
+
+
 # Skills with tools: functions Draw -> (talk, command, what the tool says: none = it failed)
 
 ToolTalk = tuple[Talk, tools.Command, list[str]]
@@ -449,9 +467,9 @@ def picture(draw: Draw) -> ToolTalk:
 
 # Putting examples together
 
-PLAIN = {f.__name__: f for f in (arithmetic, dates, units, small_talk, refusal, reference)}
+PLAIN = {f.__name__: f for f in (arithmetic, dates, units, small_talk, refusal, reference, repeat)}
 WITH_TOOLS = {f.__name__: f for f in (calculation, no_result, equation, search, picture)}
-TIMES = {"calculation": 8, "no_result": 1, "equation": 3, "search": 4, "picture": 3}  # with the tool on
+TIMES = {"repeat": 4, "calculation": 8, "equation": 3, "search": 4, "picture": 3}  # the rest once; tools on
 TOOL_OF = {
     "calculation": "Calculate",
     "no_result": "Calculate",
@@ -517,9 +535,10 @@ def generate(
     message. questions: in each conversation; kind, answer and command are those of the last.
     """
     rng = random.Random(f"{seed}/{split}/{questions}")
-    kinds: list[tuple[str, bool]] = [(kind, False) for kind in PLAIN]  # kind, and whether its tool is on
+    # Kinds, and whether the tool of each is on.
+    kinds = [(kind, False) for kind in PLAIN for _ in range(TIMES.get(kind, 1))]
     if with_tools:
-        kinds += [(kind, True) for kind in WITH_TOOLS for _ in range(TIMES[kind])]
+        kinds += [(kind, True) for kind in WITH_TOOLS for _ in range(TIMES.get(kind, 1))]
         kinds += [(kind, False) for kind in WITH_TOOLS if kind != "no_result"]
     examples = []
     for number in range(count):
