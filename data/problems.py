@@ -5,7 +5,7 @@ digits to sort, the numbers and target of a Countdown, the expression to compute
 sides. Files are JSON or JSONL with `problem` (or `question`) and `answer`, in the manner of DeepScaleR, GSM8K
 (the answer after `####`) and MATH (the answer in the last box of `solution`).
 
-    python data/problems.py steps 5000 > thoughts.jsonl      solved problems as conversations for sft.py
+    python data/problems.py steps 5000 thoughts.jsonl      solved problems as conversations for sft.py
 """
 
 import hashlib
@@ -238,10 +238,13 @@ class Problems:
 
 
 def main() -> None:
-    require(len(sys.argv) == 3 and sys.argv[2].isdecimal(), "python data/problems.py TASK_OR_FILE COUNT")
-    problems = Problems((sys.argv[1],), seed=0)
-    for index in range(int(sys.argv[2])):
-        print(json.dumps({"messages": problems.train(index).solved()}, ensure_ascii=False))
+    usage = "python data/problems.py TASK_OR_FILE COUNT FILE"
+    require(len(sys.argv) == 4 and sys.argv[2].isdecimal(), usage)
+    source, count, path = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    problems = Problems((source,), seed=0)
+    talks = [json.dumps({"messages": problems.train(n).solved()}, ensure_ascii=False) for n in range(count)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(talks) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

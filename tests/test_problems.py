@@ -134,12 +134,11 @@ def test_gsm8k(real_data):
     assert all(REWARDS["math"](p.demonstration["content"], p.answer) == 1.0 for p in read[:500])
 
 
-def test_solved_problems_are_conversations(tmp_path, monkeypatch, capsys):
-    """What the command prints is read as conversations, thoughts and all, and holds no held-out problem."""
-    monkeypatch.setattr("sys.argv", ["problems.py", "steps", "200"])
+def test_solved_problems_are_conversations(tmp_path, monkeypatch):
+    """What the command writes is read as conversations, thoughts and all, and holds no held-out problem."""
+    path = tmp_path / "new" / "thoughts.jsonl"
+    monkeypatch.setattr("sys.argv", ["problems.py", "steps", "200", str(path)])
     problems.main()
-    path = tmp_path / "thoughts.jsonl"
-    path.write_text(capsys.readouterr().out)
     talks = read_conversations(str(path)).conversations
     held_out = {problem.prompt for problem in Problems(("steps",), seed=0).test(2000)}
     assert len(talks) == 200 and not held_out & {talk[0]["content"] for talk in talks}
