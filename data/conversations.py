@@ -75,11 +75,7 @@ def assistant(text: str, **fields: str) -> Message:
 
 Talk = tuple[list[Message], str, str]
 
-SIGNS = {  # in a command: as shown, in English words, in Chinese words
-    "+": ("+", "plus", "加"),
-    "-": ("-", "minus", "减"),
-    "*": ("×", "times", "乘以"),
-}
+SIGNS = {"+": ("plus", "加"), "-": ("minus", "减"), "*": ("times", "乘以")}
 ARITHMETIC = {
     "en": [
         "What is {sum}?",
@@ -109,10 +105,10 @@ ARITHMETIC = {
 
 
 def in_words(draw: "Draw", a: int, sign: str, b: int) -> str:
-    """12*7 as "12 × 7" or "12 times 7"."""
-    symbol, english, chinese = SIGNS[sign]
-    if draw.rng.random() < 0.5:
-        return f"{a} {symbol} {b}"
+    """12*7, mostly as it is, sometimes as "12 times 7"."""
+    english, chinese = SIGNS[sign]
+    if draw.rng.random() < 0.75:
+        return f"{a}{sign}{b}"
     return draw.say(f"{a} {english} {b}", f"{a}{chinese}{b}")
 
 
@@ -318,13 +314,15 @@ def calculation(draw: Draw) -> ToolTalk:
     """Larger numbers than `arithmetic` asks about: without the calculator they are out of reach."""
 
     def sample(rng: random.Random) -> tuple[str, int, int]:
-        sign, a, b = rng.choice("+-*"), rng.randint(2, 999), rng.randint(2, 999)
+        sign = rng.choice("+-*")
+        most = 99 if sign == "*" else 999
+        a, b = rng.randint(11, most), rng.randint(11, most)
         return (sign, max(a, b), min(a, b)) if sign == "-" else (sign, a, b)
 
     sign, a, b = draw.values(sample)
     answer = str(result_of(a, sign, b))
     question, reply = draw.words(ARITHMETIC), draw.say("It is {c}.", "答案是{c}。")
-    if draw.rng.random() < 0.4 and (draw.split != "template" or sign == "*"):
+    if draw.rng.random() < 0.25 and (draw.split != "template" or sign == "*"):
         stories = STORIES[draw.language][-1:] if draw.split == "template" else STORIES[draw.language][:-1]
         _, question, reply = draw.rng.choice([story for story in stories if story[0] == sign])
     question = question.format(a=a, b=b, sum=in_words(draw, a, sign, b))
@@ -335,7 +333,7 @@ def calculation(draw: Draw) -> ToolTalk:
 def no_result(draw: Draw) -> ToolTalk:
     """A division by zero: the calculator fails, and the reply says so."""
     (a,) = draw.values(lambda rng: (rng.randint(1, 999),))
-    question = draw.words(ARITHMETIC).format(sum=f"{a} / 0")
+    question = draw.words(ARITHMETIC).format(sum=f"{a}/0")
     says = draw.say("there is no result", "没有结果")
     reply = draw.say(f"The calculator fails: {says}.", f"计算器算不出来，{says}。")
     return ([user(question)], reply, says), tools.Command("Calculate", f"{a}/0"), []
