@@ -502,7 +502,6 @@ def main() -> None:
     curves += (("clip_low", "clip_high"), ("grad_norm",), ("all_right", "all_wrong", "truncated"))
     summary = {"before": before, "after": after, "problems": cursor, "skipped_steps": guard.skipped}
     run.finish({**summary, "cpu_seconds": cpu_seconds}, curves)
-    run.say(f"done: {run.folder}/curves.png, {run.folder}/summary.json, model in {run.folder}/model")
     run.say(f"next: python chat.py --model {run.folder}/model")
 
 

@@ -338,7 +338,6 @@ def main() -> None:
     summary = {"before": before, "after": after, "unigram_control": corpus.unigram_bits_per_byte()}
     summary |= {"tokens": dict(ledger), "skipped_steps": guard.skipped}
     run.finish(summary, (("loss", "val_loss"), tuple(after)[1:], ("grad_norm",)))
-    run.say(f"done: {run.folder}/curves.png, {run.folder}/summary.json, model in {run.folder}/model")
     run.say(f"next: python chat.py --model {run.folder}/model --raw --prompt {config.prompts[0]!r}")
     run.say(f"      python sft.py --init_from {run.folder}/model")
 

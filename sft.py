@@ -391,7 +391,6 @@ def main() -> None:
     run.finish(summary, (("loss", "val_loss"), ("grad_norm",), ("tokens_per_second",)))
     for name in after:
         run.say(f"  {name}: {before[name]:.3f} -> {after[name]:.3f}")
-    run.say(f"done: {run.folder}/curves.png, {run.folder}/summary.json, model in {run.folder}/model")
     run.say(f"next: python chat.py --model {run.folder}/model")
 
 

@@ -194,6 +194,8 @@ class Run:
         if self.main:
             write_json(self.folder / "summary.json", summary)
             draw_curves(self.folder, panels)
+        left = [name for name in ("summary.json", "curves.png", "model") if (self.folder / name).exists()]
+        self.say(f"done: {', '.join(left)} in {self.folder}")
         self.barrier()
 
 

@@ -69,5 +69,3 @@ class Watch:
         self.run.finish({"before": self.before, "after": after, **summary}, panels)
         for name, value in after.items():
             self.run.say(f"  {name}: {self.before[name]:.3f} -> {value:.3f}")
-        folder = self.run.folder
-        self.run.say(f"done: {folder}/curves.png, {folder}/summary.json, model in {folder}/model")
