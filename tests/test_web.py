@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,23 +13,25 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from core.checkpoint import save_pretrained
-from core.generate import Sampling
+from core.generate import Completion, Sampling
 from data.chat import chat_template
 from data.sessions import Assistant, Conversation, load_assistant, respond
 from data.tokenizer import train_tokenizer
-from model import Config, Transformer
+from model import PATCH, Config, Transformer
 from tests.conftest import ROOT
 
 pytest.importorskip("uvicorn", reason="requirements-web.txt is not installed")
 pytest.importorskip("starlette", reason="requirements-web.txt is not installed")
 httpx = pytest.importorskip("httpx", reason="requirements-dev.txt is not installed")
-from web.server import Bucket  # noqa: E402 - needs the packages above
+from web.server import Api, Bucket, Models, make_app  # noqa: E402 - needs the packages above
 
 TEXT = ["A small crate of pears and a large crate of plums stood by the door. 你好。 Calculate 24 * 17"]
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=alert(1)> <|user|> <|assistant|> <eom>"
@@ -243,6 +246,60 @@ def test_history_and_markers(place: Path, address: str) -> None:
                 calm.quote("crate")
         assert [t for t in conversation.ids if t in known] == [t for t in calm.ids if t in known]
         assert post(address, ask).json()["usage"]["prompt_tokens"] == len(conversation.ids)
+
+
+def test_tools_and_pictures(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tools do comes in fields of its own, a drawn picture as a data: URL; an uploaded one reaches the
+    eyes and the model. The model's words are given here."""
+    tokenizer = load_assistant(place / "runs/moss/model").tokenizer
+    seen: list[Any] = []
+
+    def look(picture: bytes) -> torch.Tensor:
+        seen.append(picture)
+        return torch.ones(1, 3, 2)
+
+    def stream(model: None, ids: list[int], *rest: Any) -> Iterator[tuple[str, Completion]]:
+        seen.append((ids.count(PATCH), rest[4]))
+        drawn = ' I draw.<eot>\n<|Commands|>: Text2Image("a red circle")<eoc>'
+        text = drawn if len(seen) % 3 == 2 else " Done <b>.<eom>"
+        tokens: list[int] = []
+        for piece in re.split("(<eo.>)", text):
+            known = piece in tokenizer.special_tokens
+            tokens += [tokenizer.special_tokens[piece]] if known else tokenizer.encode(piece)
+        yield text.removesuffix("<eom>"), Completion(tokens, [0.0] * len(tokens), "stop")
+
+    monkeypatch.setattr("data.sessions.stream", stream)
+    look.tower = SimpleNamespace(tokens=3)
+    assistant = Assistant(None, tokenizer, look, ())
+    api = Api(Models(place / "runs/moss/model", lambda folder: assistant), Sampling(), NEW)
+    url = "data:image/png;base64," + base64.b64encode(b"a file").decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Draw it"}]
+    ask = {"messages": [{"role": "user", "content": content}], "enabled_tools": ["picture"]}
+
+    async def both() -> list[str]:
+        transport = httpx.ASGITransport(make_app(api, 80))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:80") as client:
+            headers = {"host": "127.0.0.1:80"}
+            posts = [{**ask, "stream": streamed} for streamed in (False, True)]
+            path = "/v1/chat/completions"
+            return [(await client.post(path, json=post, headers=headers)).text for post in posts]
+
+    whole, streamed = asyncio.run(both())
+    api.worker.stop()
+    told = json.loads(whole)["choices"][0]["message"]
+    assert told.pop("picture").startswith("data:image/png;base64,iVBOR")
+    assert told == {
+        "role": "assistant",
+        "thoughts": "I draw.",
+        "commands": 'Text2Image("a red circle")',
+        "results": "Image generated successfully.",
+        "content": " Done <b>.",
+    }
+    lines = [line.removeprefix("data: ") for line in streamed.split("\n\n") if line]
+    deltas = [json.loads(line)["choices"][0]["delta"] for line in lines[:-1]]
+    kinds = [kind for delta in deltas for kind in delta if kind != "role"]
+    assert kinds == ["content", "thoughts", "commands", "results", "picture", "content"]
+    assert seen[0] == b"a file" and seen[1][0] == 3 and seen[1][1].shape == (1, 3, 2)
 
 
 def test_a_flood_and_stopping_in_the_middle(place: Path) -> None:
