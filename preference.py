@@ -80,7 +80,7 @@ class Config(PairConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours, for one thread of a laptop.
     "tiny": dict(
-        warm_steps=75, seq_len=64, batch_size=32, micro_batch_size=64, epochs=6, lr=3e-3, schedule="linear",
+        warm_steps=75, seq_len=64, batch_size=32, micro_batch_size=64, epochs=3, lr=1e-3, schedule="linear",
         weight_decay=0.01, val_fraction=0.15, log_every=20, eval_every=100, save_every=100,
     ),
     # Ours, for one GPU: a larger model on the same task.

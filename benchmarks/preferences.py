@@ -4,9 +4,10 @@
     python benchmarks/preferences.py --real FOLDER --model MODEL    pairs of people, English and Chinese
     python benchmarks/preferences.py --speed                pairs a CPU second against TRL's DPOTrainer
 
-Sorting: the commands of docs/preferences.md, run in one process. A row is the share of right answers among
-four sampled (temperature 1) to each of 200 held-out prompts. The judge is the rule that knows the answer; the
-tags are the preference model's alone.
+Sorting: the stages as commands, run in one process. A row is the share of right answers among four sampled
+(temperature 1) to each of 200 held-out prompts. First DPO on pairs of the model's own answers; then MOSS's
+way on answers of which half are spoilt, two digits exchanged: a preference model, tags by it alone,
+fine-tuning.
 
 Real pairs: FOLDER holds dpo_en_demo.json and dpo_zh_demo.json. Speed: the same model (4 layers, width 256,
 vocabulary 1,000), pairs, batch of 16 pairs, cached reference, float32, AdamW, one thread; processes of either
@@ -75,44 +76,68 @@ def right(folder: Path, quality: int | None = None, contrast: float = 0.0) -> fl
     return share
 
 
-def sorting(seed: int, work: Path) -> dict[str, float]:
-    """Every row of the table for one seed."""
-    rows: dict[str, float] = {}
+def sampled(seed: int, work: Path) -> dict[str, float]:
+    """DPO on pairs of the model's own answers: both losses, each with its beta, at one learning rate."""
     same = f"--seed {seed} --save_every 0 --eval_every 0"
     norm = stage("dpo.py", work / "dpo", same)  # makes the start and the pairs too
-    start, pairs = work / "dpo/start", work / "dpo/pairs.jsonl"
-    given = f"--init_from {start} --data {pairs} {same}"
-    summed = stage("dpo.py", work / "sum", f"{given} --loss sigmoid --beta 0.1 --eval_prompts sorting")
-    model = stage("preference.py", work / "pm", given)
-    control = stage("preference.py", work / "shuffled", f"{given} --shuffle_labels")
-    rows["preference model: held-out pairs right"] = model["after"]["val_accuracy"]
-    rows["  labels shuffled"] = control["after"]["val_accuracy"]
-    rows["  correlation of score and length"] = model["after"]["val_length_correlation"]
-    rows["start"] = norm["before"]["val_right"]
-    for name, summary in (("DPO, averages", norm), ("DPO, sums", summed)):
+    given = (
+        f"--init_from {work / 'dpo/start'} --data {work / 'dpo/pairs.jsonl'} --eval_prompts sorting {same}"
+    )
+    summed = stage("dpo.py", work / "sum", f"{given} --loss sigmoid --beta 0.1")
+    rows = {"start": norm["before"]["val_right"]}
+    for name, summary in (("DPO, averages, beta 5", norm), ("DPO, sums, beta 0.1", summed)):
         rows[name] = summary["after"]["val_right"]
         for figure in ("accuracy", "chosen_drift", "rejected_drift"):
             rows[f"  {name}: {figure}"] = summary["after"][f"val_{figure}"]
+    return rows
 
+
+def spoilt_answers(seed: int, count: int, file: Path) -> None:
+    """Two answers to each prompt, as data/pairs.py writes them: the right one, and one with two unequal
+    digits exchanged. Half of what a model would learn from is wrong."""
+    from data.prompts import read_prompts
+
+    rng = random.Random(seed)
+    with open(file, "w") as lines:
+        for prompt in read_prompts("sorting", count, seed):
+            right, wrong = prompt.answer, list(prompt.answer)
+            while "".join(wrong) == right:
+                i, j = rng.sample(range(len(right)), 2)
+                wrong[i], wrong[j] = wrong[j], wrong[i]
+            replies = [{"role": "assistant", "content": text} for text in (right, "".join(wrong))]
+            chosen, rejected = ([*prompt.messages, reply] for reply in replies)
+            responses = [{"content": reply["content"], "finish_reason": "stop"} for reply in replies]
+            sides = {"chosen": chosen, "rejected": rejected, "responses": responses}
+            lines.write(json.dumps(prompt.record() | sides) + "\n")
+
+
+def tags(seed: int, work: Path) -> dict[str, float]:
+    """MOSS's way on data of which half is spoilt: preference model, tags, fine-tuning, asking."""
+    start, pairs, best = work / "dpo/start", work / "spoilt.jsonl", work / "best.jsonl"
+    spoilt_answers(seed, 1500, pairs)
+    given = f"--init_from {start} --data {pairs} --seed {seed} --save_every 0 --eval_every 0"
+    model = stage("preference.py", work / "pm", given)["after"]
+    control = stage("preference.py", work / "shuffled", f"{given} --shuffle_labels")["after"]
     stage("preference.py", work / "tags", f"--score {pairs} --scorer {work / 'pm/model'} --seed {seed}")
     tagged = work / "tags/tagged.jsonl"
     lines = tagged.read_text().splitlines(keepends=True)
-    best = work / "best.jsonl"
     best.write_text("".join(line for line in lines if json.loads(line)["messages"][-1]["quality"] == 4))
     tuning = f"--init_from {start} --seed {seed} {TUNING}"
-    for name, words in (
-        ("untagged", f"--data {tagged}"),
-        ("best", f"--data {best}"),
-        ("tagged", f"--data {tagged} --quality_tags"),
-    ):
-        stage("sft.py", work / name, f"{tuning} {words}")
-    rows["all responses, no tags"] = right(work / "untagged/model")
-    rows["best fifth alone, no tags"] = right(work / "best/model")
-    rows["tags, none asked for"] = right(work / "tagged/model")
-    for level in range(5):
-        rows[f"tags, <quality_{level}> asked for"] = right(work / "tagged/model", level)
-    rows["tags, best led away from worst by 0.5"] = right(work / "tagged/model", 4, 0.5)
-    return rows
+    stage("sft.py", work / "untagged", f"{tuning} --data {tagged}")
+    stage("sft.py", work / "best", f"{tuning} --data {best}")
+    stage("sft.py", work / "tagged", f"{tuning} --data {tagged} --quality_tags")
+    dpo = stage("dpo.py", work / "spoilt", f"{given} --eval_prompts sorting")["after"]
+    return {
+        "preference model: held-out pairs right": model["val_accuracy"],
+        "  labels shuffled": control["val_accuracy"],
+        "  correlation of score and length": model["val_length_correlation"],
+        "all answers, no tags": right(work / "untagged/model"),
+        "best fifth alone, no tags": right(work / "best/model"),
+        "DPO on the same pairs": dpo["val_right"],
+        "tags, none asked for": right(work / "tagged/model"),
+        **{f"tags, <quality_{level}> asked for": right(work / "tagged/model", level) for level in range(5)},
+        "tags, best led away from worst by 0.5": right(work / "tagged/model", 4, 0.5),
+    }
 
 
 def table(found: list[dict[str, float]], seeds: list[int]) -> None:
@@ -301,7 +326,8 @@ def main() -> None:
         found = []
         for seed in options.seeds:
             with tempfile.TemporaryDirectory() as folder:
-                found.append(sorting(seed, Path(folder)))
+                found.append(sampled(seed, Path(folder)) | tags(seed, Path(folder)))
+            print(json.dumps(found[-1]), file=sys.stderr, flush=True)
         table(found, options.seeds)
 
 

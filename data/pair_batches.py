@@ -48,7 +48,7 @@ class PairConfig(Pupil):
     val_fraction: float = 0.1  # share of the prompts held out
     epochs: float = 1.0  # passes over the pairs; 0 = --steps
     warmup_ratio: float = 0.1  # share of the steps that warm up
-    made_prompts: int = 2000  # prompts answered where there is no --data
+    made_prompts: int = 3000  # prompts answered where there is no --data
     num_samples: int = 4  # answers to each
     max_new_tokens: int = 32  # longest answer sampled, here and to watch
     eval_prompts: str = ""  # prompts to answer before and after; empty = those held out
