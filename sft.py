@@ -84,7 +84,7 @@ class Config(RunConfig):
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        examples=16_000, steps=800, seq_len=256, batch_size=16, optimizer="muon", lr=8e-3, min_lr=1e-4,
+        examples=16_000, steps=800, seq_len=384, batch_size=16, optimizer="muon", lr=8e-3, min_lr=1e-4,
         warmup_steps=20, weight_decay=0.01, log_every=50, eval_every=400, save_every=400,
     ),
     "small": dict(
