@@ -14,6 +14,7 @@ stage; LLaVA first aligns the projector alone (--stage align).
     torchrun --nproc_per_node=8 vlm.py --preset moxin-7b --data llava_v1_5_mix665k.json --images pictures/
 """
 
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,8 +109,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         seq_len=320,
         batch_size=16,
         micro_batch_size=16,
-        lr=6e-3,
-        min_lr=6e-5,
+        lr=4e-3,
+        min_lr=4e-5,
         warmup_steps=50,
         weight_decay=0.05,
         beta2=0.95,
@@ -433,9 +434,9 @@ def main() -> None:
         "blind": blind_one,
         "broken_rows": len(rows.bad),
         "skipped_steps": guard.skipped,
+        "cpu_seconds": time.process_time(),  # of this process, since it was started
     }
     run.finish(summary, (("loss",), ("accuracy", "shuffled", "no_picture"), ("grad_norm",)))
-    run.say(f"done: {run.folder}/curves.png, {run.folder}/summary.json, model in {run.folder}/model")
     run.say(f"next: python chat.py --model {run.folder}/model --image PICTURE")
 
 

@@ -1,13 +1,15 @@
 """What vlm.py learns from real pictures, and the way from words to a drawing and back.
 
+    python benchmarks/vlm_pictures.py scenes RUNS [--seeds 0 1 2]         drawn scenes, by kind of question
     python benchmarks/vlm_pictures.py nlvr FOLDER [options of vlm.py]     true or false statements
     python benchmarks/vlm_pictures.py emoji FOLDER [options of vlm.py]    names in English and Chinese
     python benchmarks/vlm_pictures.py round_trip MODEL [--count 100]      description, drawing, description
 
-FOLDER is one of `nlvr/` (statements.jsonl, images/: Suhr et al. 2017) and `emoji/` (captions.json, pictures).
-The data is written down as LLaVA rows, the last ones held out (statements and pictures that training never
-saw), and given to vlm.py, which prints the share of right answers with the right picture, with another, and
-with none. Names of emoji are then looked for among those of 100 held-out pictures.
+RUNS is a folder for the runs of vlm.py, one a seed; those that are there are not made again. FOLDER is one of
+`nlvr/` (statements.jsonl, images/: Suhr et al. 2017) and `emoji/` (captions.json, pictures). Its data is
+written down as LLaVA rows, the last ones held out (statements and pictures that training never saw), and
+given to vlm.py, which prints the share of right answers with the right picture, with another, and with none.
+Names of emoji are then looked for among those of 100 held-out pictures.
 """
 
 import argparse
@@ -24,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core import tools
 from core.scenes import SceneError, describe, parse, random_scene
-from data.scene_rows import HELD_OUT, pairs
+from data.scene_rows import HELD_OUT, KINDS, pairs
 from data.seeing import Seer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +35,26 @@ ROOT = Path(__file__).resolve().parent.parent
 def row(image: str, question: str, answer: str) -> dict:
     turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
     return {"image": image, "conversations": turns}
+
+
+def scenes(folder: Path, seeds: list[int], options: list[str]) -> None:
+    """vlm.py with its own data, towers included, for several seeds: means, and in brackets least and most."""
+    summaries = []
+    for seed in seeds:
+        run = folder / f"seed{seed}"
+        if not (run / "summary.json").is_file():
+            command = [sys.executable, str(ROOT / "vlm.py"), "--seed", str(seed), "--out", str(run), *options]
+            subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        summary = json.loads((run / "summary.json").read_text())
+        summaries.append(summary["after"] | summary["blind"])
+        print(f"seed {seed}: {summary['cpu_seconds']:.0f} processor seconds")
+    for title, prefix in (("up to three", ""), ("up to two", "up_to_two_"), ("new pairs", "new_pairs_")):
+        columns = ("accuracy", "shuffled", "no_picture", "blind")
+        print(title.ljust(12) + "".join(column.rjust(18) for column in columns))
+        for kind in ("", *(f"/{kind}" for kind in KINDS[:-1])):
+            cells = [[summary[f"{prefix}{column}{kind}"] for summary in summaries] for column in columns]
+            shown = [f"{sum(c) / len(c):.2f} [{min(c):.2f} {max(c):.2f}]" for c in cells]
+            print((kind[1:] or "all").ljust(12) + "".join(cell.rjust(18) for cell in shown))
 
 
 def nlvr_rows(folder: Path, rng: random.Random) -> tuple[list[dict], list[dict]]:
@@ -140,13 +162,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", choices=["nlvr", "emoji", "round_trip"])
+    parser.add_argument("kind", choices=["scenes", "nlvr", "emoji", "round_trip"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--most", type=int, default=3, help="things in a scene")
     arguments, options = parser.parse_known_args()
     torch.set_num_threads(1)
-    if arguments.kind == "round_trip":
+    if arguments.kind == "scenes":
+        scenes(arguments.folder, arguments.seeds, options)
+    elif arguments.kind == "round_trip":
         round_trip(arguments.folder, arguments.count, arguments.most)
     else:
         learn(arguments.kind, arguments.folder, options)
