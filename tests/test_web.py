@@ -302,6 +302,29 @@ def test_tools_and_pictures(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen[0] == b"a file" and seen[1][0] == 3 and seen[1][1].shape == (1, 3, 2)
 
 
+def test_a_fault_ends_one_answer_only(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(*rest: Any) -> Iterator[tuple[str, Completion]]:
+        raise ZeroDivisionError
+
+    api = Api(Models(place / "runs/plain/model", load_assistant), Sampling(), 3)
+
+    async def ask_twice() -> list[int]:
+        transport = httpx.ASGITransport(make_app(api, 80))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:80") as client:
+            headers = {"host": "127.0.0.1:80"}
+            codes = []
+            for broken in (True, False):
+                with monkeypatch.context() as patch:
+                    if broken:
+                        patch.setattr("data.sessions.stream", stream)
+                    answer = await client.post("/v1/chat/completions", json=body(), headers=headers)
+                codes.append(answer.status_code)
+            return codes
+
+    assert asyncio.run(ask_twice()) == [500, 200] and not api.open
+    api.worker.stop()
+
+
 def test_a_flood_and_stopping_in_the_middle(place: Path) -> None:
     """More answers at a time than MAX_OPEN, more requests than the bucket holds: refused. SIGTERM: open
     answers end with a word about it, the process with code 0."""
@@ -316,7 +339,7 @@ def test_a_flood_and_stopping_in_the_middle(place: Path) -> None:
             assert (await client.post(url, json=body())).status_code == 429
             posts = [client.post(url, content=b"", headers=headers) for _ in range(200)]
             codes = [answer.status_code for answer in await asyncio.gather(*posts)]
-            assert set(codes) == {429}
+            assert set(codes) == {400, 429}
             process.send_signal(signal.SIGTERM)
             return [(await stream.aread()).decode() for stream in open_streams]
 

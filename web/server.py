@@ -46,6 +46,7 @@ MAX_BODY = 8_000_000  # bytes of a request; pictures travel inside
 BODY_SECONDS = 30  # to send it in
 MAX_OPEN = 64  # answers at a time
 BURST, PER_SECOND = 128, 4.0  # requests that may come at once, and how fast this refills
+FAILURES = {"refused": 400, "failed": 500, "stopping": 503}  # the worker's last events -> status
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -127,7 +128,7 @@ class Answer:
                 yield chunk({}, reason)
                 if usage:
                     yield sent(self.envelope("chat.completion.chunk", choices=[], usage=counted))
-            elif kind == "error":
+            elif kind in FAILURES:
                 yield sent(error_json(value))
             elif value:
                 yield chunk({"content" if kind == "text" else kind: shown(kind, value)})
@@ -137,8 +138,8 @@ class Answer:
         """One JSON object."""
         message = {"role": "assistant", "content": ""}
         async for kind, value in self.events():
-            if kind == "error":
-                return JSONResponse(error_json(value), 503)
+            if kind in FAILURES:
+                return JSONResponse(error_json(value), FAILURES[kind])
             if kind == "end":
                 reason, counted = self.end(value)
                 choice = {"index": 0, "message": message, "finish_reason": reason}
@@ -166,6 +167,20 @@ def sent(value: dict[str, Any]) -> str:
 
 def error_json(reason: str) -> dict[str, Any]:
     return {"error": {"message": reason, "type": "invalid_request_error", "param": None, "code": None}}
+
+
+class EventStream(StreamingResponse):
+    """Calls `done` at its end, however it comes: the client may be gone before the first event."""
+
+    def __init__(self, events: AsyncIterator[str], done: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.done()
 
 
 class Api:
@@ -200,13 +215,13 @@ class Api:
         streams = False
         try:
             kind, value = await job.told.get()
-            if kind == "error":
-                return JSONResponse(error_json(value), 503 if self.worker.stopping else 400)
+            if kind in FAILURES:
+                return JSONResponse(error_json(value), FAILURES[kind])
             answer = Answer(ask.model or next(iter(self.models.folders())), value, job)
             if not ask.stream:
                 return await answer.whole(request)
             streams = True
-            return StreamingResponse(self.until_the_end(answer, ask.usage), media_type="text/event-stream")
+            return EventStream(answer.stream(ask.usage), lambda: self.close(job))
         finally:
             if not streams:
                 self.close(job)
@@ -215,22 +230,16 @@ class Api:
         """The request, if it may come now and is well formed. Raises Refused."""
         if not self.bucket.take():
             raise Refused(429, "too many requests; wait a second")
-        if len(self.open) >= MAX_OPEN:
-            raise Refused(429, f"{MAX_OPEN} answers are being written; wait for one to end")
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "send application/json")
         ask = read_ask(await read_body(request), self.max_new_tokens)
         if ask.model and ask.model not in self.models.folders():
             raise Refused(404, f"no model {ask.model[:100]!r}; GET /v1/models lists them")
+        if len(self.open) >= MAX_OPEN:
+            raise Refused(429, f"{MAX_OPEN} answers are being written; wait for one to end")
+        if self.worker.stopping:
+            raise Refused(503, "the server is stopping")
         return ask
-
-    async def until_the_end(self, answer: Answer, usage: bool) -> AsyncIterator[str]:
-        """The answer; one that nobody listens to any more is dropped."""
-        try:
-            async for event in answer.stream(usage):
-                yield event
-        finally:
-            self.close(answer.job)
 
     def close(self, job: Job) -> None:
         job.wanted = False

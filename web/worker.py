@@ -7,6 +7,7 @@ import contextlib
 import functools
 import queue
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -49,6 +50,10 @@ class Job:
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to hear it
             self.loop.call_soon_threadsafe(self.told.put_nowait, event)
 
+    def end(self, why: str, reason: str) -> None:
+        self.tell((why, reason))
+        self.tell(None)
+
 
 class Worker(threading.Thread):
     """Gives every open answer an event in turn."""
@@ -71,22 +76,22 @@ class Worker(threading.Thread):
         while not self.new.empty():
             self.jobs.append(self.new.get())
         for job in filter(None, self.jobs):
-            job.tell(("error", "the server is stopping"))
-            job.tell(None)
+            job.end("stopping", "the server is stopping")
 
     def advance(self, job: Job) -> None:
+        """Tell a job's next event; the job then stands last in the row."""
         if not job.wanted:
             return
         try:
             job.tell(next(job.events))
+            self.jobs.append(job)
         except StopIteration:
             job.tell(None)
-            return
         except UserError as error:
-            job.tell(("error", str(error)))
-            job.tell(None)
-            return
-        self.jobs.append(job)
+            job.end("refused", str(error))
+        except Exception:  # one answer's fault must not end the thread that all of them need
+            traceback.print_exc()
+            job.end("failed", "the server failed; its terminal says how")
 
     def stop(self) -> None:
         self.stopping = True
