@@ -242,7 +242,7 @@ def main() -> None:
             run.say(f"{name}: {counts}\n{table({'on the clean ones': found['tasks']})}")
     run.say(table(summary["tasks"] | summary["controls"]))
     run.finish(summary, ())
-    run.say(f"done: {run.folder}/summary.json, every prompt and output in {run.folder}/records.jsonl")
+    run.say(f"every prompt and output: {run.folder}/records.jsonl")
 
 
 if __name__ == "__main__":

@@ -404,7 +404,7 @@ TASKS: dict[str, Task] = {
     "arc_easy": Task(arc, accuracy, hub="hub/allenai/ai2_arc/ARC-Easy/{split}*", split="test"),
     "arc_challenge": Task(arc, accuracy, hub="hub/allenai/ai2_arc/ARC-Challenge/{split}*", split="test"),
     "commonsenseqa": Task(commonsenseqa, accuracy, hub="hub/tau/commonsense_qa/data/{split}*"),
-    "mmlu": Task(mmlu, accuracy, hub="hub/cais/mmlu/*/{split}*", split="test", examples="dev", shots=5,
+    "mmlu": Task(mmlu, accuracy, hub="hub/cais/mmlu/all/{split}*", split="test", examples="dev", shots=5,
                  first=True),
     "ceval": Task(ceval, accuracy, hub="hub/ceval/ceval-exam/*/{split}*", split="val", examples="dev",
                   shots=5, first=True),

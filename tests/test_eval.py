@@ -138,6 +138,19 @@ def test_made_tasks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(records) == 3 * 6
     assert all({"task", "id", "prompt", "output", "answer", "score"} <= set(record) for record in records)
 
+    file = write_rows(tmp_path / "gsm.jsonl", [{"question": "1?", "answer": "so\n#### 1"}] * 2)
+    words = ["--tasks", "gsm8k@0", "--data", file, "--chat", "--max_new_tokens", "4"]
+    asked, original = [], data.asking.replies
+
+    def spy(model: Any, tokenizer: Any, talks: list[Any], *rest: Any, **options: Any) -> Any:
+        asked.extend(talks)
+        return original(model, tokenizer, talks, *rest, **options)
+
+    monkeypatch.setattr(data.asking, "replies", spy)
+    call(monkeypatch, "--model", tmp_path / "model", *words, "--out", tmp_path / "chat")
+    assert asked[0] == [{"role": "user", "content": "Question: 1?\nAnswer:"}]
+    assert len(read_back(tmp_path / "chat")[0]) == 2
+
 
 def test_programs_need_permission(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"prompt": "def f():\n", "test": "def check(f):\n    assert f() == 1", "entry_point": "f"}
