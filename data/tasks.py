@@ -297,6 +297,8 @@ def overlap(first: list[float], second: list[float]) -> float:
 
 
 def text(row: Row) -> Item:
+    if not row["text"]:
+        raise ValueError("an empty text has no bits per byte")
     return Item(row["text"])
 
 

@@ -323,6 +323,12 @@ def test_bad_rows_are_named(tmp_path: Path, content: str, what: str) -> None:
         items_of(TASKS["piqa"], "piqa", str(tmp_path / "bad.jsonl"), "test")
 
 
+def test_empty_texts_are_named(tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n{"text": ""}\n')
+    with pytest.raises(UserError, match="row 2 does not fit the task bpb .an empty text"):
+        items_of(TASKS["bpb"], "bpb", str(tmp_path / "texts.jsonl"), "test")
+
+
 def test_examples() -> None:
     items = [TASKS["piqa"].item(row) for row in rows(9)]
     heads = with_examples(items, items, 2, first=False, same=True)
