@@ -41,7 +41,7 @@ def scenes(folder: Path, seeds: list[int], options: list[str]) -> None:
     """vlm.py with its own data, towers included, for several seeds: means, and in brackets least and most."""
     summaries = []
     for seed in seeds:
-        run = folder / f"seed{seed}"
+        run = folder / f"vlm-tiny-seed{seed}"
         if not (run / "summary.json").is_file():
             command = [sys.executable, str(ROOT / "vlm.py"), "--seed", str(seed), "--out", str(run), *options]
             subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
