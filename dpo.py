@@ -197,7 +197,8 @@ def evaluate(
             asked_for, said = talks[number][-1]["content"][:80], reply["content"][:120]
             run.say(f"  {asked_for!r} -> {said!r}  reward {reward:g}")
     answers, rewards, checkable, right = run.sum(*tally)
-    values["reward"] = rewards / answers
+    if answers:
+        values["reward"] = rewards / answers
     if checkable:
         values["right"] = right / checkable
     return {f"val_{name}": value for name, value in values.items()}

@@ -247,7 +247,7 @@ class PairData:
     tokenizer: Tokenizer
     train: list[PairItem]
     val: list[PairItem]
-    prompts: list[Prompt]  # of the held-out pairs, each once
+    prompts: list[Prompt]  # of the held-out pairs, each once, that leave room for an answer
     counts: dict[str, int]
 
 
@@ -274,7 +274,16 @@ def load_pairs(sources: tuple[str, ...], tokenizer: Tokenizer, config: PairConfi
     for remark in reading.remarks[:3]:
         run.say(f"  {remark}")
     prompts = {json.dumps(pair.prompt.messages): pair.prompt for pair in pairs}  # pairs: the held-out ones
-    return PairData(tokenizer, *items, list(prompts.values()), dict(counts))
+    lengths = [
+        len(render(p.messages, tokenizer, config.chat_format, add_generation_prompt=True).ids)
+        for p in prompts.values()
+    ]
+    room = config.seq_len - config.max_new_tokens
+    asked = [p for p, length in zip(prompts.values(), lengths, strict=True) if length <= room]
+    if len(asked) < len(prompts):
+        left = len(prompts) - len(asked)
+        run.say(f"  {left} of {len(prompts)} held-out prompts leave no room for an answer and are not asked")
+    return PairData(tokenizer, *items, asked, dict(counts))
 
 
 def fingerprint(pairs: list[PairItem]) -> str:

@@ -457,6 +457,14 @@ def test_mistakes(module: ModuleType, words: list[str], kind: type, complaint: s
         sys.argv = before
 
 
+def test_prompts_without_room_for_an_answer_are_not_asked(
+    made: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = [*made, "--steps", "1", "--max_new_tokens", "46"]
+    run("dpo", tmp_path / "a", *words)
+    assert "held-out prompts leave no room for an answer and are not asked" in capsys.readouterr().out
+
+
 def test_strange_inputs_are_named(made: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         run("dpo", tmp_path / "a", *made[:2], "--data", "none.jsonl")
