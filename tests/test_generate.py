@@ -7,20 +7,20 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 
 import core.generate
 from core.checkpoint import load_pretrained, save_pretrained
 from core.config import UserError
 from core.decode import Decoder, PackedLinear, join_weights, pack_weights
 from core.generate import Batch, Completion, Sampling, distribution, generate, stream, uniforms
-from core.parallel import unsharded
+from core.parallel import shard, unsharded
 from data.tokenizer import load_tokenizer
 from model import Config, Transformer
 from tests.conftest import ROOT, run_processes
@@ -365,9 +365,8 @@ def test_small_models_are_joined_not_packed() -> None:
 def generate_sharded(name: str) -> tuple[list[list[int]], str]:
     """In a group of processes: each generates a different amount from one sharded model."""
     model = Transformer(MODELS[name], seed=1)
-    for layer in model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    run = SimpleNamespace(world_size=2, device=torch.device("cpu"), dtype=torch.float32)
+    shard(model, list(model.layers), run, methods=())
     count = 3 + 4 * torch.distributed.get_rank()
     with unsharded(model):
         done = generate(model, prompts_of(count, 9), 8, temperature=0)
