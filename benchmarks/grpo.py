@@ -31,7 +31,7 @@ MOSS = "--chat_format moss --vocab_size 420 --system 'Calculator: enabled. API: 
 EXPERIMENTS = {  # arguments of grpo.py
     "sorting": "",
     "countdown": "--data countdown --warm_steps 500",
-    "steps": f"--data steps --warm_steps 150 --warm_lr 4e-3 --eval_every 5 {LONGER}",
+    "steps": f"--data steps --warm_steps 170 --warm_lr 4e-3 --eval_every 5 {LONGER}",
     "calculator": f"--data products --warm_steps 90 {LONGER} {MOSS} --tools calculator",
 }
 
