@@ -1,6 +1,6 @@
 """What reinforcement teaches small models, with controls.
 
-    python benchmarks/grpo.py [EXPERIMENT] [--seeds 0 1 2] [--picture FILE]
+    python benchmarks/grpo.py [EXPERIMENT] [--seeds 0 1 2] [--picture]
 
 Each row is a run of grpo.py on one thread; held-out problems before and after. CPU-s are processor seconds of
 demonstrations and of reinforcement, evaluation not counted. Experiments:
@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("experiment", nargs="?", choices=EXPERIMENTS, default="sorting")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--picture", action="store_true", help="draw docs/grpo_EXPERIMENT.png")
     options = parser.parse_args()
     head = "   ".join(f"{name:14s}" for name in ("pass@1", "pass@8", "greedy", "length"))
     print(f"{options.experiment:27s} seed   {head}   CPU-s", flush=True)
@@ -117,7 +117,8 @@ def main() -> None:
             show(name, "mean", summaries)
         if options.picture:
             last = Path(folder, str(options.seeds[-1]))
-            draw({name: last / name for name in ("grpo", "shuffled")}, options.picture)
+            runs = {"GRPO": last / "grpo", "rewards shuffled": last / "shuffled"}
+            draw(runs, ROOT / f"docs/grpo_{options.experiment}.png")
 
 
 if __name__ == "__main__":
