@@ -213,7 +213,7 @@ def add_scores(
     asked = [(row, n, request, start, stems[row]) for row, q in enumerate(batch) for n, request in q]
     add_predictions(model, hidden, asked, sums)
     rest.sort(key=lambda option: -len(option[2].inputs))
-    at_once = max(1, batch_tokens // reading.positions.shape[1])
+    at_once = max(1, batch_tokens // len(rest[0][2].inputs)) if rest else 1
     for begin in range(0, len(rest), at_once):
         part = rest[begin : begin + at_once]
         tails = [request.inputs[stems[row] :] for row, _, request in part]

@@ -106,8 +106,9 @@ def ask_options(pupil: Pupil, items: list[Item], heads: list[str], task: Task, c
 def ask_text(pupil: Pupil, items: list[Item], heads: list[str], task: Task, config: Asking) -> Answers:
     """log p of whole texts, and their number of tokens. A start token counts as one, as in lm-eval."""
     texts = [pupil.begin + ids for ids in pupil.tokenizer.encode_many([item.prompt for item in items])]
-    asked = [rolling_requests(tokens, pupil.first, pupil.longest) for tokens in texts]
-    sums = [sum(found) for found in score(pupil.model, asked, config.batch_tokens)]
+    windows = [rolling_requests(tokens, pupil.first, pupil.longest) for tokens in texts]
+    found = iter(score(pupil.model, [[one] for each in windows for one in each], config.batch_tokens))
+    sums = [sum(next(found)[0] for _ in each) for each in windows]
     return [((nats, len(tokens)), nats) for nats, tokens in zip(sums, texts, strict=True)]
 
 
