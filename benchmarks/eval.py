@@ -5,9 +5,10 @@
 Needs lm_eval 0.4.13 and datasets, in an environment of their own.
 
 A real small model (stories260k), real questions: CommonsenseQA by letter and, as ARC asks, by text, without
-and with as many examples as fit into its context; GSM8K with 5 examples and both ways of finding the answer; bits per byte of documents.
-Each side is a process of its own on one thread and in float32; its time is that of making prompts, asking and
-scoring, without imports, loading and reading files. lm-eval runs its Hugging Face backend, --batch 32.
+and with as many examples as fit into its context; GSM8K with 5 examples and both ways of finding the answer;
+bits per byte of documents. Each side is a process of its own on one thread and in float32; its time is that
+of making prompts, asking and scoring, without imports, loading and reading files. lm-eval runs its Hugging
+Face backend, --batch 32.
 """
 
 import json
