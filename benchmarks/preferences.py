@@ -173,6 +173,7 @@ def real(folder: Path, model: str, seeds: list[int]) -> None:
                 "  rejected_drift": tuned["val_rejected_drift"],
             }
         )
+        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     table(found, seeds)
 
 
