@@ -68,7 +68,7 @@ class Config(RunConfig):
     dim: int = 96
     heads: int = 3
     vocab_size: int = 700
-    eval_examples: int = 165  # generated questions asked before and after, in each held-out split
+    eval_examples: int = 99  # generated questions asked before and after, in each held-out split
     samples: int = 3  # validation prompts answered in the log
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class Config(RunConfig):
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        examples=16_000, steps=800, seq_len=384, batch_size=16, optimizer="muon", lr=8e-3, min_lr=1e-4,
+        examples=14_000, steps=850, seq_len=384, batch_size=16, optimizer="muon", lr=8e-3, min_lr=1e-4,
         warmup_steps=20, weight_decay=0.01, log_every=50, eval_every=400, save_every=400,
     ),
     "small": dict(

@@ -541,7 +541,7 @@ def generate(
     examples = []
     for number in range(count):
         kind, on = kinds[number % len(kinds)]
-        enabled = {name for name in tools.TOOLS if with_tools and rng.random() < 0.4}
+        enabled = {name for name in tools.TOOLS if with_tools and rng.random() < 0.25}
         if kind in WITH_TOOLS:
             enabled = enabled | {TOOL_OF[kind]} if on else enabled - {TOOL_OF[kind]}
         elif kind == "arithmetic":

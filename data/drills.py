@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from datetime import date, timedelta
 from pathlib import Path
 
-from core import scenes
+from core import scenes, tools
 
 SUBJECTS = 40_000  # of each kind; about 30 MB in all
 
@@ -273,22 +273,15 @@ def scene(number: int, chinese: bool, rng: random.Random) -> str:
     return "\n".join(lines)
 
 
-THINGS = (
-    ("Calculator", "计算器"), ("Equation solver", "方程"), ("Web search", "搜索"), ("Text-to-image", "图片"),
-    ("Image edition", "编辑"), ("Text-to-speech", "声音"), ("Inner thoughts", "想法"), ("Light", "灯"),
-)  # fmt: skip
-
-
 def switches(number: int, chinese: bool, rng: random.Random) -> str:
-    """Which of several things are switched on, told as a list and asked back."""
-    on = {thing: rng.random() < 0.5 for thing in rng.sample(THINGS, rng.randint(3, 7))}
-    lines = [f"List {number}."]
-    lines += [f"- {thing[0]}: {'enabled' if state else 'disabled'}." for thing, state in on.items()]
-    for thing, state in rng.sample(list(on.items()), 2):
+    """Which tools are on, told as a conversation's opening tells it, and asked back."""
+    on = rng.sample(list(tools.TOOLS), rng.randint(0, len(tools.TOOLS)))
+    lines = [f"{number}.", tools.meta_instruction(on).rstrip()]
+    for name, tool in rng.sample(list(tools.TOOLS.items()), 2):
+        state = "enabled" if name in on else "disabled"
         if chinese:
-            lines.append(f"{thing[1]}开着吗？{'已打开' if state else '已关闭'}。")
-        else:
-            lines.append(f"Is {thing[0]} on? It is switched {'on' if state else 'off'}.")
+            state = "已打开" if name in on else "已关闭"
+        lines.append(f"{tool.title}? {name}? {state}.")
     return "\n".join(lines)
 
 
