@@ -26,13 +26,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATE = ["--steps", "1", "--lr", "0"]  # the one rollout changes nothing
 # Longer answers, so fewer of them.
-LONGER = "--seq_len 128 --prompts 16 --max_new_tokens 56 --steps 30 --lr 4e-4 --eval_problems 100"
+LONGER = "--seq_len 128 --prompts 16 --max_new_tokens 56 --steps 50 --lr 4e-4 --eval_problems 100"
 MOSS = "--chat_format moss --vocab_size 420 --system 'Calculator: enabled. API: Calculate(expression)'"
 EXPERIMENTS = {  # arguments of grpo.py
     "sorting": "",
     "countdown": "--data countdown --warm_steps 500",
-    "steps": f"--data steps --warm_steps 170 --warm_lr 4e-3 --eval_every 5 {LONGER}",
-    "calculator": f"--data products --warm_steps 90 {LONGER} {MOSS} --tools calculator",
+    "steps": f"--data steps --warm_steps 190 --warm_lr 4e-3 --eval_every 10 {LONGER} --lr 3e-4",
+    "calculator": f"--data products --warm_steps 100 {LONGER} {MOSS} --tools calculator",
 }
 
 
