@@ -254,11 +254,28 @@ def recall(number: int, chinese: bool, rng: random.Random) -> str:
     return "\n".join(lines)
 
 
+EN_COMMON = (
+    "time year day thing man world life hand part child eye place work week case point home room".split()
+)
+ZH_COMMON = "人天地水火山手门车书花鸟东西南北上下大小"
+
+
 def echo(number: int, chinese: bool, rng: random.Random) -> str:
-    """A line of names and numbers, said again and again: copying at its plainest, learnt here first."""
-    said = [made_up(chinese, rng) for _ in range(rng.randint(2, 8))]
-    said.insert(rng.randrange(len(said)), str(number))
-    return "\n".join([("，" if chinese else ", ").join(said)] * rng.randint(3, 4))
+    """Short numbers and sums among words, quoted and at once quoted again: copying starts here.
+
+    Longer strings, or words in place of digits, did not teach it in the time that a tiny model has.
+    """
+    lines = []
+    for _ in range(rng.randint(6, 12)):
+        told = str(rng.randrange(10, 10_000))
+        if rng.random() < 0.3:
+            told = f"{rng.randrange(10, 1000)}{rng.choice(SIGNS)[0]}{rng.randrange(10, 1000)}"
+        count = rng.randint(1, 6)
+        around = (
+            "".join(rng.choices(ZH_COMMON, k=count)) if chinese else " ".join(rng.choices(EN_COMMON, k=count))
+        )
+        lines.append(f'{around} "{told}" = "{told}"')
+    return "\n".join(lines)
 
 
 def scene(number: int, chinese: bool, rng: random.Random) -> str:
