@@ -159,12 +159,10 @@ def real(folder: Path, model: str, seeds: list[int]) -> None:
         with tempfile.TemporaryDirectory() as place:
             words, work = f"{given} --seed {seed}", Path(place)
             judged = stage("preference.py", work / "pm", f"{words} --lr 1e-3")["after"]
-            control = stage("preference.py", work / "no", f"{words} --lr 1e-3 --shuffle_labels")["after"]
             tuned = stage("dpo.py", work / "dpo", f"{words} --lr 5e-4")["after"]
         found.append(
             {
                 "preference model: held-out pairs right": judged["val_accuracy"],
-                "  labels shuffled": control["val_accuracy"],
                 "  the longer answer is better": judged["val_longer_better"],
                 "  correlation of score and length": judged["val_length_correlation"],
                 "DPO: held-out pairs right": tuned["val_accuracy"],
