@@ -105,7 +105,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         chat_format="pure",
         optimizer="muon",
-        steps=2000,
+        steps=3500,
         seq_len=320,
         batch_size=16,
         micro_batch_size=16,
