@@ -148,7 +148,8 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {"ours": [], "trl": []}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, __file__, "--teach", folder], check=True, env=environment)
+        teaching = [sys.executable, __file__, "--teach", folder]
+        subprocess.run(teaching, check=True, env=environment, stdout=subprocess.DEVNULL)
         for _ in range(rounds):
             for name, results in found.items():
                 command = [sys.executable, __file__, "--one", name, folder]
