@@ -159,7 +159,7 @@ def real(folder: Path, model: str, seeds: list[int]) -> None:
         with tempfile.TemporaryDirectory() as place:
             words, work = f"{given} --seed {seed}", Path(place)
             judged = stage("preference.py", work / "pm", f"{words} --lr 1e-3")["after"]
-            tuned = stage("dpo.py", work / "dpo", f"{words} --lr 5e-4")["after"]
+            tuned = stage("dpo.py", work / "dpo", f"{words} --lr 5e-5")["after"]
         found.append(
             {
                 "preference model: held-out pairs right": judged["val_accuracy"],
