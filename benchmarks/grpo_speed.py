@@ -43,7 +43,7 @@ def teach(folder: Path) -> None:
 
 
 def ours(folder: str) -> dict[str, float]:
-    """CPU seconds a step; generated tokens a second of sampling; share of time in each phase."""
+    """CPU seconds a step; generated tokens a CPU second of sampling; share of time in each phase."""
     import torch
 
     import grpo
@@ -73,7 +73,8 @@ def ours(folder: str) -> dict[str, float]:
         made += sum(len(episode.tokens) for episode in episodes) if step >= WARM else 0
     whole = sum(phases.seconds.values())
     shares = {f"share of {phase}": value / whole for phase, value in phases.seconds.items()}
-    speed = {"generated tokens a second": made / phases.seconds["rollout"]}
+    sampling = phases.cpu_seconds * shares["share of rollout"]
+    speed = {"generated tokens a CPU second of sampling": made / sampling}
     return {"seconds": statistics.median(seconds[WARM:]), "tokens": made / (STEPS - WARM), **speed, **shares}
 
 
