@@ -34,7 +34,7 @@ from core.parallel import new_model, unsharded
 from core.resume import Checkpointer
 from core.run import Run, Speedometer, SpikeGuard, due
 from data.chat import HEADERS, ChatFormat, TrainOn, chat_template, fit
-from data.conversations import Example, documents, generate, is_right
+from data.conversations import Example, bare_lines, documents, generate, is_right
 from data.packing import Batch, Item, Packer, micro_batches
 from data.readers import Message, read_conversations
 from data.replies import replies
@@ -51,6 +51,7 @@ class Config(RunConfig):
     val_fraction: float = 0.02  # that part
     examples: int = 6000  # generated conversations, where there is no --data
     questions: int = 1  # in each of them
+    bare: float = 0.0  # share of the steps, the first, on their bare lines: copying first, the format after
     skip_bad: bool = False  # count unreadable records instead of stopping
     keep_noisy: bool = False  # train on malformed commands and citations of missing results too
     chat_format: ChatFormat = "moss"  # tulu or moss
@@ -77,6 +78,7 @@ class Config(RunConfig):
             self.train_on == "assistant" or self.chat_format == "moss",
             "--train_on moss-official needs --chat_format moss",
         )
+        require(0 <= self.bare < 1, "--bare must be a share of the steps, below 1")
         require(0 <= self.tag_dropout <= 1, "--tag_dropout must be between 0 and 1")
         require(0 < self.val_fraction < 1, "--val_fraction must be between 0 and 1")
 
@@ -84,8 +86,8 @@ class Config(RunConfig):
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        examples=14_000, steps=850, seq_len=384, batch_size=16, optimizer="muon", lr=8e-3, min_lr=1e-4,
-        warmup_steps=20, weight_decay=0.01, log_every=50, eval_every=400, save_every=400,
+        examples=14_000, bare=0.4, steps=850, seq_len=384, batch_size=16, optimizer="muon", lr=1e-2,
+        min_lr=1e-4, warmup_steps=20, weight_decay=0.01, log_every=50, eval_every=400, save_every=400,
     ),
     "small": dict(
         examples=40_000, epochs=3, seq_len=2048, batch_size=128, micro_batch_size=8, lr=1e-4, min_lr=1e-5,
@@ -130,6 +132,7 @@ class Data:
 
     tokenizer: Tokenizer
     packer: Packer
+    bare: Packer  # of the first steps; none with --data
     val_items: list[Item]
     val_talks: list[list[Message]]
     questions: dict[str, list[Example]]  # generated, by held-out split; none with --data
@@ -153,12 +156,15 @@ def load_data(config: Config, run: Run) -> Data:
     )
     tags = [number for name, number in tokenizer.special_tokens.items() if name.startswith("<quality_")]
     packer = Packer(rendered, config.batch_size, config.seed, tuple(tags), config.tag_dropout)
-    questions = {}
+    questions, lines = {}, []
     if not config.data:
+        lines = tokenizer.encode_many(bare_lines(config.examples, config.seed))
         count, seed, with_tools = config.eval_examples, config.seed + 1, config.chat_format == "moss"
         questions = {split: generate(count, split, seed, with_tools) for split in ("value", "template")}
+    bare_items = [Item(np.array(line, np.int32), np.ones(len(line), bool)) for line in lines]
+    bare = Packer([(bare_items, 1.0)], 3 * config.batch_size, config.seed)  # lines are short
     val_items = render_all(val_talks, tokenizer, config)[0]
-    return Data(tokenizer, packer, val_items, val_talks, questions, counts)
+    return Data(tokenizer, packer, bare, val_items, val_talks, questions, counts)
 
 
 Sources = list[tuple[list[list[Message]], float]]  # conversations and weight of each
@@ -336,7 +342,7 @@ def main() -> None:
     optimizer = make_optimizer(model, config.lr, config.weight_decay, betas=(0.9, 0.999))
     guard = SpikeGuard()
     identity = {"model": asdict(model.config), "data": data.packer.fingerprint()}
-    same = ("seed", "lr", "schedule", "steps", "batch_size", "optimizer", "loss")
+    same = ("seed", "lr", "schedule", "steps", "batch_size", "optimizer", "loss", "bare")
     identity |= {name: getattr(config, name) for name in same}
     checkpoints = Checkpointer(run, model, optimizer, identity)
     state = checkpoints.resume(guard)
@@ -350,7 +356,8 @@ def main() -> None:
     step, tokens, trained = run.start_step, state.get("tokens", 0), state.get("trained", 0)
     while step < steps:
         with speed.waiting():
-            items = data.packer.step(step)
+            copying = step < config.bare * steps and not config.data
+            items = (data.bare if copying else data.packer).step(step)
             micros = micro_batches(
                 items, config.seq_len, config.pack, config.micro_batch_size, run.rank, run.world_size
             )

@@ -555,6 +555,17 @@ def generate(
     return examples
 
 
+def bare_lines(count: int, seed: int = 0) -> list[str]:
+    """Training questions, each with its command, result and answer, without any format; where no tool is off."""
+    lines = []
+    for example in generate(count, "train", seed):
+        if not example.kind.endswith("tool off"):
+            asked, last = example.messages[-2:]
+            parts = asked["content"], last.get("commands"), last.get("results"), last["content"]
+            lines.append("\n".join(part for part in parts if part) + "\n")
+    return lines
+
+
 def is_right(example: Example, reply: str) -> bool:
     """Whether a reply says what it must; a number counts only as a whole one."""
     number = re.fullmatch(r"-?\d+", example.answer)
