@@ -556,13 +556,14 @@ def generate(
 
 
 def bare_lines(count: int, seed: int = 0) -> list[str]:
-    """Training questions, each with its command, result and answer, without any format; where no tool is off."""
+    """Training conversations as their questions, commands, results, answers alone; where no tool is off."""
     lines = []
     for example in generate(count, "train", seed):
         if not example.kind.endswith("tool off"):
-            asked, last = example.messages[-2:]
-            parts = asked["content"], last.get("commands"), last.get("results"), last["content"]
-            lines.append("\n".join(part for part in parts if part) + "\n")
+            said = [
+                turn.get(name) for turn in example.messages[1:] for name in ("commands", "results", "content")
+            ]
+            lines.append("\n".join(part for part in said if part) + "\n")
     return lines
 
 
