@@ -124,7 +124,7 @@ MOXIN: dict[str, Any] = dict(
 )
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours, for one thread of a laptop: four small updates a rollout.
-    "tiny": dict(lr=6e-4, warmup_steps=10, schedule="linear", weight_decay=0.0, seq_len=64, clip_high=0.28,
+    "tiny": dict(lr=3e-4, warmup_steps=10, schedule="linear", weight_decay=0.0, seq_len=64, clip_high=0.28,
         micro_batch_size=32, batch_size=64, warm_steps=150, warm_batch=16, steps=80, log_every=5,
         eval_every=20, save_every=20),
     # Ours, for one GPU: a model of some 11 M parameters, taught and trained in minutes.
