@@ -155,9 +155,8 @@ def reference_logprobs(
             raise UserError(f"{path}: no log-probabilities of a reference ({error}); delete it") from None
         other = [name for name, value in key.items() if known.get(name) != value]
         if other:
-            raise UserError(
-                f"{path}: made with another {' and other '.join(other)}; name another --reference"
-            )
+            what = " and other ".join(other)
+            raise UserError(f"{path}: made with another {what}; name another --reference")
         return logprobs
     run.say(f"log-probabilities of the reference, once: {path}")
     found = torch.zeros(len(pairs), 2, dtype=torch.double)

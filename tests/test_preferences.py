@@ -33,6 +33,8 @@ FAST = "--device cpu --seq_len 48 --batch_size 6 --micro_batch_size 2 --epochs 0
 FAST += "--eval_every 2 --save_every 2 --log_every 1 --schedule cosine".split()
 FAST += "--max_new_tokens 4 --eval_samples 1 --val_fraction 0.2".split()
 
+LONG = "--save_every 0 --eval_every 0 --steps".split()
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
@@ -274,7 +276,7 @@ def test_score_is_read_at_the_end_of_the_answer(made: list[str], world: tuple) -
 
 def test_preference_run(made: list[str], tmp_path: Path) -> None:
     """Starts without an opinion, learns its pairs, and what it saves gives the same scores."""
-    curve = run("preference", tmp_path / "a", *made, "--steps", "40", "--lr", "3e-3")
+    curve = run("preference", tmp_path / "a", *made, *LONG, "40", "--lr", "3e-3")
     assert curve[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert curve[40]["loss"] < 0.3 and curve[40]["accuracy"] > 0.9
     summary = json.loads((tmp_path / "a/summary.json").read_text())
@@ -345,7 +347,7 @@ GOLDEN = {"dpo": [0.6931, 0.0157, 0.0031], "preference": [0.6931, 0.6464, 0.6241
 @pytest.mark.parametrize("stage", ["dpo", "preference"])
 def test_golden_trajectory(stage: str, made: list[str], tmp_path: Path) -> None:
     """Twenty steps as they were when this was written; another value means that training changed."""
-    curve = losses(stage, tmp_path / "a", *made, "--steps", "20", "--lr", "1e-3")
+    curve = losses(stage, tmp_path / "a", *made, *LONG, "20", "--lr", "1e-3")
     assert [round(curve[step], 4) for step in (0, 9, 19)] == GOLDEN[stage]
 
 
@@ -376,7 +378,7 @@ def test_tags_are_quantiles_of_each_language_and_category() -> None:
 
 
 def test_scored_tagged_and_read_by_fine_tuning(made: list[str], tmp_path: Path) -> None:
-    run("preference", tmp_path / "pm", *made, "--steps", "20", "--lr", "3e-3")
+    run("preference", tmp_path / "pm", *made, *LONG, "20", "--lr", "3e-3")
     scorer = str(tmp_path / "pm/model")
     row = {"messages": [{"role": "user", "content": "sort 21"}], "answer": "12", "task": "sorting"}
     made_file = tmp_path / "responses.jsonl"
