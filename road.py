@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {"tiny": {}, "small": {}}
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. {out} is its folder, {road} that of all stages."""
+    """One command. {out} is its folder, {road} that of all stages; {run} = --preset, --seed and --out."""
 
     name: str
     what: str  # what is trained on what, for the report
@@ -58,47 +58,56 @@ EVALUATED = {
     "tagged": "instructions,instructions_reworded",
     "thoughts": "steps",
     "reasoning": "steps",
-    "vlm": "scenes",
+    "vlm": "scenes,scenes_new_pairs",
 }
 
 # fmt: off
 STAGES = (
     Stage("base", "a tokenizer and a language model, from text that is already on this machine",
-          "pretrain.py --preset {preset} --out {out}", minutes=4),
+          "pretrain.py {run}", minutes=4),
     Stage("towers", "two small vision encoders, on drawn scenes",
-          "vlm.py --preset {preset} --stage towers --out {out}", minutes=1.5),
+          "vlm.py {run} --stage towers", minutes=1.5),
     Stage("instruct", "the base model, on generated conversations in English and Chinese, with tools",
-          "sft.py --preset {preset} --init_from {road}/base/model --out {out}", ("base",), minutes=5),
+          "sft.py {run} --init_from {road}/base/model", ("base",), minutes=5),
     Stage("pairs", "pairs of the instruct model's own answers, told apart by rules that check them",
-          "data/pairs.py --model {road}/instruct/model --prompts conversations --count 400 "
-          "--out {out}/pairs.jsonl", ("instruct",)),
+          "data/pairs.py --model {road}/instruct/model --prompts conversations --count 200 "
+          "--max_new_tokens 64 --seed {seed} --out {out}", ("instruct",), minutes=1.5),
     Stage("dpo", "the instruct model, on these pairs (Moxin's way)",
-          "dpo.py --preset {preset} --init_from {road}/instruct/model --data {road}/pairs/pairs.jsonl "
-          "--chat_format moss --out {out}", ("instruct", "pairs"), minutes=1.5),
+          "dpo.py {run} --init_from {road}/instruct/model --data {road}/pairs/pairs.jsonl "
+          "--eval_prompts conversations --eval_samples 1 --chat_format moss --seq_len 384 --batch_size 8 "
+          "--micro_batch_size 2 --lr 1e-4 --max_new_tokens 64 --eval_every 0",
+          ("instruct", "pairs"), minutes=1.5),
     Stage("preference", "a model of which answer is better, on these pairs (MOSS's way)",
-          "preference.py --preset {preset} --init_from {road}/instruct/model --data {road}/pairs/pairs.jsonl "
-          "--chat_format moss --out {out}", ("instruct", "pairs"), minutes=1.5),
+          "preference.py {run} --init_from {road}/instruct/model --data {road}/pairs/pairs.jsonl "
+          "--chat_format moss --seq_len 384 --batch_size 8 --micro_batch_size 2 --epochs 2 --lr 3e-4",
+          ("instruct", "pairs"), minutes=1),
     Stage("tags", "its scores of all answers, as tags from worst to best",
-          "preference.py --preset {preset} --score {road}/pairs/pairs.jsonl --scorer {road}/preference/model "
-          "--out {out}", ("pairs", "preference"), minutes=0.5),
+          "preference.py {run} --score {road}/pairs/pairs.jsonl --scorer {road}/preference/model "
+          "--chat_format moss --seq_len 384 --micro_batch_size 4",
+          ("pairs", "preference"), minutes=0.5),
     Stage("tagged", "the instruct model, on its own answers with their tags",
-          "sft.py --preset {preset} --init_from {road}/instruct/model --data {road}/tags/tagged.jsonl "
-          "--quality_tags --steps 200 --out {out}", ("instruct", "tags"), minutes=1.5),
+          "sft.py {run} --init_from {road}/instruct/model --data {road}/tags/tagged.jsonl "
+          "--chat_format moss --quality_tags --keep_noisy --steps 80 --batch_size 8 --lr 1e-3 "
+          "--optimizer adamw --eval_every 0", ("instruct", "tags"), minutes=1.5),
     Stage("problems", "problems of several steps, solved aloud by rule",
           "data/problems.py steps 3000 {out}/thoughts.jsonl", minutes=0.1),
     Stage("thoughts", "the base model, on these solutions (a chain of thought)",
-          "sft.py --preset {preset} --init_from {road}/base/model --data {road}/problems/thoughts.jsonl "
-          "--chat_format tulu --steps 300 --out {out}", ("base", "problems"), minutes=3),
+          "sft.py {run} --init_from {road}/base/model --data {road}/problems/thoughts.jsonl "
+          "--chat_format tulu --seq_len 256 --batch_size 16 --steps 300 --eval_every 0",
+          ("base", "problems"), minutes=2),
     Stage("reasoning", "that model, by reinforcement on problems of the same kind (GRPO)",
-          "grpo.py --preset {preset} --init_from {road}/thoughts/model --data steps --out {out}",
-          ("thoughts",), minutes=4),
+          "grpo.py {run} --init_from {road}/thoughts/model --data steps --max_new_tokens 64 "
+          "--seq_len 128 --prompts 16 --batch_size 64 --micro_batch_size 32 --steps 40 --warmup_steps 4 "
+          "--lr 1e-4 --eval_problems 100 --eval_samples 4 --eval_every 0",
+          ("thoughts",), minutes=3),
     Stage("vlm", "the instruct model with both encoders, on questions about drawn scenes",
-          "vlm.py --preset {preset} --init_from {road}/instruct/model "
-          "--vision {road}/towers/towers/dino-tiny {road}/towers/towers/siglip-tiny --out {out}",
-          ("instruct", "towers"), minutes=5),
+          "vlm.py {run} --init_from {road}/instruct/model "
+          "--vision {road}/towers/towers/dino-tiny {road}/towers/towers/siglip-tiny --steps 900 "
+          "--batch_size 8 --micro_batch_size 8 --eval_rows 270",
+          ("instruct", "towers"), minutes=4),
     *(Stage(f"eval-{name}", f"the model of {name}, on questions that no stage trained on",
-            f"eval.py --preset {{preset}} --model {{road}}/{name}/model --tasks {tasks} --out {{out}}",
-            (name,))
+            f"eval.py {{run}} --model {{road}}/{name}/model --tasks {tasks} --made 100",
+            (name,), minutes=0.5)
       for name, tasks in EVALUATED.items()),
 )
 # fmt: on
@@ -138,8 +147,9 @@ class Job:
 
     def __init__(self, stage: Stage, road: Path, config: Config, threads: int, lock: int) -> None:
         self.stage, self.folder, self.log = stage, road / stage.name, road / f"{stage.name}.log"
-        words = stage.command.format(road=road, out=self.folder, preset=config.preset).split()
-        self.command = [*words, "--seed", str(config.seed)]
+        run = f"--preset {config.preset} --seed {config.seed} --out {self.folder}"
+        command = stage.command.format(road=road, out=self.folder, run=run, seed=config.seed)
+        self.command = command.split()
         resume = ["--resume"] if any((self.folder / "checkpoints").glob("step_*")) else []
         gpus = torch.cuda.device_count()
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={gpus}"] if gpus > 1 else []
