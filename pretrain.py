@@ -307,6 +307,8 @@ def main() -> None:
         with speed.waiting():
             batch = batches[now].batch(step - phase.first, run.rows(phase.rows)).to(run.device)
         (counted,) = run.sum((batch.targets >= 0).sum())
+        if step == phase.first:
+            guard.forget()
 
         # One optimizer step: the gradient of the summed loss / N, accumulated over micro-batches.
         loss_sum = torch.zeros((), device=run.device)

@@ -356,8 +356,8 @@ def main() -> None:
     step, tokens, trained = run.start_step, state.get("tokens", 0), state.get("trained", 0)
     while step < steps:
         with speed.waiting():
-            copying = step < config.bare * steps and not config.data
-            items = (data.bare if copying else data.packer).step(step)
+            bare_steps = 0 if config.data else round(config.bare * steps)
+            items = (data.bare if step < bare_steps else data.packer).step(step)
             micros = micro_batches(
                 items, config.seq_len, config.pack, config.micro_batch_size, run.rank, run.world_size
             )
@@ -366,6 +366,9 @@ def main() -> None:
             sum((micro.doc_ids >= 0).sum() for micro in micros),
             sum(micro.tokens.numel() for micro in micros),
         )
+
+        if step == bare_steps:
+            guard.forget()
 
         # One optimizer step: the gradient of the summed loss / N, accumulated over micro-batches.
         divisor = max(1, counted) if config.loss == "token" else config.batch_size

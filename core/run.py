@@ -308,6 +308,10 @@ class SpikeGuard:
             )
         return False
 
+    def forget(self) -> None:
+        """Other data begin: what was normal so far says nothing about them."""
+        self.history = [[], []]
+
     def _normal(self, value: float, past: list[float]) -> bool:
         if not math.isfinite(value):
             return False

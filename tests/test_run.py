@@ -97,3 +97,12 @@ def test_curves_need_no_values(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     draw_curves(tmp_path, (("loss",),))
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_the_guard_forgets_when_other_data_begin():
+    guard = SpikeGuard(window=4)
+    for _ in range(4):
+        assert guard.accepts(1.0, 1.0)
+    assert not guard.accepts(9.0, 1.0)
+    guard.forget()
+    assert guard.accepts(9.0, 1.0) and not guard.accepts(float("nan"), 1.0)
