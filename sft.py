@@ -354,9 +354,9 @@ def main() -> None:
     run.progress(steps)
     speed = Speedometer(run, flops_per_token(model.config, config.seq_len))
     step, tokens, trained = run.start_step, state.get("tokens", 0), state.get("trained", 0)
+    bare_steps = 0 if config.data else round(config.bare * steps)
     while step < steps:
         with speed.waiting():
-            bare_steps = 0 if config.data else round(config.bare * steps)
             items = (data.bare if step < bare_steps else data.packer).step(step)
             micros = micro_batches(
                 items, config.seq_len, config.pack, config.micro_batch_size, run.rank, run.world_size
@@ -366,7 +366,6 @@ def main() -> None:
             sum((micro.doc_ids >= 0).sum() for micro in micros),
             sum(micro.tokens.numel() for micro in micros),
         )
-
         if step == bare_steps:
             guard.forget()
 
