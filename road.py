@@ -52,10 +52,10 @@ class Stage:
 
 # Which models are evaluated at the end, on which tasks of data/tasks.py.
 EVALUATED = {
-    "base": "bpb,instructions,instructions_reworded,steps",
+    "base": "bpb,instructions,steps",
     "instruct": "bpb,instructions,instructions_reworded",
-    "dpo": "instructions,instructions_reworded",
-    "tagged": "instructions,instructions_reworded",
+    "dpo": "instructions",
+    "tagged": "instructions",
     "thoughts": "steps",
     "reasoning": "steps",
     "vlm": "scenes,scenes_new_pairs",
@@ -93,7 +93,7 @@ STAGES = (
           "data/problems.py steps 3000 {out}/thoughts.jsonl", minutes=0.1),
     Stage("thoughts", "the base model, on these solutions (a chain of thought)",
           "sft.py {run} --init_from {road}/base/model --data {road}/problems/thoughts.jsonl "
-          "--chat_format tulu --seq_len 256 --batch_size 16 --steps 300 --eval_every 0",
+          "--chat_format tulu --seq_len 256 --batch_size 16 --steps 250 --eval_every 0",
           ("base", "problems"), minutes=2),
     Stage("reasoning", "that model, by reinforcement on problems of the same kind (GRPO)",
           "grpo.py {run} --init_from {road}/thoughts/model --data steps --max_new_tokens 64 "
@@ -114,7 +114,6 @@ STAGES = (
 
 COMPARISONS = (
     Comparison("instruct", "instructions", "eval-base", "eval-instruct"),
-    Comparison("instruct", "instructions_reworded", "eval-base", "eval-instruct"),
     Comparison("dpo", "instructions", "eval-instruct", "eval-dpo"),
     Comparison("tagged", "instructions", "eval-instruct", "eval-tagged"),
     Comparison("thoughts", "steps", "eval-base", "eval-thoughts"),
