@@ -2,14 +2,13 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 PRESET ?= auto
-OUT ?= runs/pretrain-$(PRESET)
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-run: .venv/ready ## train a tokenizer and a model on the embedded corpus (PRESET=small on a GPU); goes on if interrupted
-	$(PYTHON) pretrain.py --preset $(PRESET) --out $(OUT) $(if $(wildcard $(OUT)/checkpoints/step_*),--resume)
+run: .venv/ready ## the whole road, text to report (PRESET=small on a GPU); goes on if interrupted
+	$(PYTHON) road.py --preset $(PRESET)
 
 test: .venv/ready-dev ## all tests that take seconds
 	$(PYTHON) -m pytest -n 2

@@ -68,9 +68,9 @@ STAGES = (
     Stage("towers", "two small vision encoders, on drawn scenes",
           "vlm.py {run} --stage towers", minutes=1.5),
     Stage("instruct", "the base model, on generated conversations in English and Chinese, with tools",
-          "sft.py {run} --init_from {road}/base/model", ("base",), minutes=5),
+          "sft.py {run} --init_from {road}/base/model", ("base",), minutes=6),
     Stage("pairs", "pairs of the instruct model's own answers, told apart by rules that check them",
-          "data/pairs.py --model {road}/instruct/model --prompts conversations --count 200 "
+          "data/pairs.py --model {road}/instruct/model --prompts conversations --count 400 "
           "--max_new_tokens 64 --seed {seed} --out {out}", ("instruct",), minutes=1.5),
     Stage("dpo", "the instruct model, on these pairs (Moxin's way)",
           "dpo.py {run} --init_from {road}/instruct/model --data {road}/pairs/pairs.jsonl "
@@ -94,17 +94,17 @@ STAGES = (
     Stage("thoughts", "the base model, on these solutions (a chain of thought)",
           "sft.py {run} --init_from {road}/base/model --data {road}/problems/thoughts.jsonl "
           "--chat_format tulu --seq_len 256 --batch_size 16 --steps 250 --eval_every 0",
-          ("base", "problems"), minutes=2),
+          ("base", "problems"), minutes=1.3),
     Stage("reasoning", "that model, by reinforcement on problems of the same kind (GRPO)",
           "grpo.py {run} --init_from {road}/thoughts/model --data steps --max_new_tokens 64 "
           "--seq_len 128 --prompts 16 --batch_size 64 --micro_batch_size 32 --steps 40 --warmup_steps 4 "
           "--lr 1e-4 --eval_problems 100 --eval_samples 4 --eval_every 0",
-          ("thoughts",), minutes=3),
+          ("thoughts",), minutes=1.5),
     Stage("vlm", "the instruct model with both encoders, on questions about drawn scenes",
           "vlm.py {run} --init_from {road}/instruct/model "
           "--vision {road}/towers/towers/dino-tiny {road}/towers/towers/siglip-tiny --steps 900 "
           "--batch_size 8 --micro_batch_size 8 --eval_rows 270",
-          ("instruct", "towers"), minutes=4),
+          ("instruct", "towers"), minutes=5.5),
     *(Stage(f"eval-{name}", f"the model of {name}, on questions that no stage trained on",
             f"eval.py {{run}} --model {{road}}/{name}/model --tasks {tasks} --made 100",
             (name,), minutes=0.5)

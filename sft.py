@@ -34,7 +34,7 @@ from core.parallel import new_model, unsharded
 from core.resume import Checkpointer
 from core.run import Run, Speedometer, SpikeGuard, due
 from data.chat import HEADERS, ChatFormat, TrainOn, chat_template, fit
-from data.conversations import Example, bare_lines, documents, generate, is_right
+from data.conversations import Example, bare_lines, documents, generate, is_right, quotes
 from data.packing import Batch, Item, Packer, micro_batches
 from data.readers import Message, read_conversations
 from data.replies import replies
@@ -51,7 +51,8 @@ class Config(RunConfig):
     val_fraction: float = 0.02  # that part
     examples: int = 6000  # generated conversations, where there is no --data
     questions: int = 1  # in each of them
-    bare: float = 0.0  # share of the steps, the first, on their bare lines: copying first, the format after
+    quoting: float = 0.0  # of generated data: share of the steps, the first, that learn to copy numbers
+    bare: float = 0.0  # share of the steps, the next, on questions, commands and answers without the format
     skip_bad: bool = False  # count unreadable records instead of stopping
     keep_noisy: bool = False  # train on malformed commands and citations of missing results too
     chat_format: ChatFormat = "moss"  # tulu or moss
@@ -78,7 +79,10 @@ class Config(RunConfig):
             self.train_on == "assistant" or self.chat_format == "moss",
             "--train_on moss-official needs --chat_format moss",
         )
-        require(0 <= self.bare < 1, "--bare must be a share of the steps, below 1")
+        require(
+            min(self.quoting, self.bare) >= 0 and self.quoting + self.bare < 1,
+            "--quoting and --bare are shares of the steps, below 1 in all",
+        )
         require(0 <= self.tag_dropout <= 1, "--tag_dropout must be between 0 and 1")
         require(0 < self.val_fraction < 1, "--val_fraction must be between 0 and 1")
 
@@ -86,8 +90,9 @@ class Config(RunConfig):
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        examples=14_000, bare=0.4, steps=850, seq_len=384, batch_size=16, optimizer="muon", lr=1e-2,
-        min_lr=1e-4, warmup_steps=20, weight_decay=0.01, log_every=50, eval_every=400, save_every=400,
+        examples=14_000, quoting=0.12, bare=0.42, steps=750, seq_len=384, batch_size=16, optimizer="muon",
+        lr=1e-2, min_lr=1e-4, warmup_steps=20, weight_decay=0.01, log_every=50, eval_every=400,
+        save_every=400,
     ),
     "small": dict(
         examples=40_000, epochs=3, seq_len=2048, batch_size=128, micro_batch_size=8, lr=1e-4, min_lr=1e-5,
@@ -132,7 +137,7 @@ class Data:
 
     tokenizer: Tokenizer
     packer: Packer
-    bare: Packer  # of the first steps; none with --data
+    lessons: list[tuple[float, Packer]]  # shares of the steps, the first ones, and what they train on
     val_items: list[Item]
     val_talks: list[list[Message]]
     questions: dict[str, list[Example]]  # generated, by held-out split; none with --data
@@ -156,15 +161,23 @@ def load_data(config: Config, run: Run) -> Data:
     )
     tags = [number for name, number in tokenizer.special_tokens.items() if name.startswith("<quality_")]
     packer = Packer(rendered, config.batch_size, config.seed, tuple(tags), config.tag_dropout)
-    questions, lines = {}, []
+    questions, lessons = {}, []
     if not config.data:
-        lines = tokenizer.encode_many(bare_lines(config.examples, config.seed))
+        made = (
+            (config.quoting, quotes(20_000, config.seed), 8),
+            (config.bare, bare_lines(config.examples), 3),
+        )
+        lessons = [(share, plain(tokenizer, lines, times, config)) for share, lines, times in made if share]
         count, seed, with_tools = config.eval_examples, config.seed + 1, config.chat_format == "moss"
         questions = {split: generate(count, split, seed, with_tools) for split in ("value", "template")}
-    bare_items = [Item(np.array(line, np.int32), np.ones(len(line), bool)) for line in lines]
-    bare = Packer([(bare_items, 1.0)], 3 * config.batch_size, config.seed)  # lines are short
     val_items = render_all(val_talks, tokenizer, config)[0]
-    return Data(tokenizer, packer, bare, val_items, val_talks, questions, counts)
+    return Data(tokenizer, packer, lessons, val_items, val_talks, questions, counts)
+
+
+def plain(tokenizer: Tokenizer, lines: list[str], times: int, config: Config) -> Packer:
+    """Text whose every token is trained; its lines are short, so a step takes `times` as many."""
+    items = [Item(np.array(ids, np.int32), np.ones(len(ids), bool)) for ids in tokenizer.encode_many(lines)]
+    return Packer([(items, 1.0)], times * config.batch_size, config.seed)
 
 
 Sources = list[tuple[list[list[Message]], float]]  # conversations and weight of each
@@ -342,7 +355,7 @@ def main() -> None:
     optimizer = make_optimizer(model, config.lr, config.weight_decay, betas=(0.9, 0.999))
     guard = SpikeGuard()
     identity = {"model": asdict(model.config), "data": data.packer.fingerprint()}
-    same = ("seed", "lr", "schedule", "steps", "batch_size", "optimizer", "loss", "bare")
+    same = ("seed", "lr", "schedule", "steps", "batch_size", "optimizer", "loss", "quoting", "bare")
     identity |= {name: getattr(config, name) for name in same}
     checkpoints = Checkpointer(run, model, optimizer, identity)
     state = checkpoints.resume(guard)
@@ -354,10 +367,15 @@ def main() -> None:
     run.progress(steps)
     speed = Speedometer(run, flops_per_token(model.config, config.seq_len))
     step, tokens, trained = run.start_step, state.get("tokens", 0), state.get("trained", 0)
-    bare_steps = 0 if config.data else round(config.bare * steps)
+    parts, first = [], 0  # (first step, number of steps, data): copying, bare lines, the conversations
+    for share, packer in data.lessons:
+        parts.append((first, round(share * steps), packer))
+        first += round(share * steps)
+    parts.append((first, steps - first, data.packer))
     while step < steps:
         with speed.waiting():
-            items = (data.bare if step < bare_steps else data.packer).step(step)
+            first, length, packer = [part for part in parts if part[0] <= step][-1]
+            items = packer.step(step - first)
             micros = micro_batches(
                 items, config.seq_len, config.pack, config.micro_batch_size, run.rank, run.world_size
             )
@@ -366,7 +384,7 @@ def main() -> None:
             sum((micro.doc_ids >= 0).sum() for micro in micros),
             sum(micro.tokens.numel() for micro in micros),
         )
-        if step == bare_steps:
+        if step == first:
             guard.forget()
 
         # One optimizer step: the gradient of the summed loss / N, accumulated over micro-batches.
@@ -377,7 +395,7 @@ def main() -> None:
             (nats / divisor).backward()
             loss_sum += nats.detach()
         loss = run.sum(loss_sum)[0] / max(1, counted)
-        values = take_step(model, optimizer, guard, config, step, loss)
+        values = take_step(model, optimizer, guard, replace(config, steps=length), step - first, loss)
 
         step, tokens, trained = step + 1, tokens + int(real), trained + int(counted)
         speed.add(int(real))

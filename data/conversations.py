@@ -555,15 +555,26 @@ def generate(
     return examples
 
 
+def quotes(count: int, seed: int = 0) -> list[str]:
+    """Words in no order with a number among them, and that number quoted: only copying can be learnt here."""
+    rng = random.Random(f"{seed}/quotes")
+    words = sorted({word for line in bare_lines(1000, seed) for word in re.findall(r"[^\W\d_]+", line)})
+    lines = []
+    for _ in range(count):
+        number = "".join(rng.choices("0123456789", k=rng.randint(1, 4)))
+        lines.append(f'{" ".join(rng.choices(words, k=rng.randint(2, 6)))} {number}? ("{number}")\n')
+    return lines
+
+
 def bare_lines(count: int, seed: int = 0) -> list[str]:
-    """Training conversations as their questions, commands, results, answers alone; where no tool is off."""
+    """Training conversations that calculate or solve: question, command, result and answer, nothing else."""
     lines = []
     for example in generate(count, "train", seed):
-        if not example.kind.endswith("tool off"):
-            said = [
-                turn.get(name) for turn in example.messages[1:] for name in ("commands", "results", "content")
+        if example.command and example.command.name in ("Calculate", "Solve"):
+            turns = [
+                turn.get(part) for turn in example.messages[1:] for part in ("commands", "results", "content")
             ]
-            lines.append("\n".join(part for part in said if part) + "\n")
+            lines.append("\n".join(filter(None, turns)) + "\n")
     return lines
 
 

@@ -25,7 +25,7 @@ from tests.conftest import ROOT, run_processes
 SHAPE = "--layers 1 --dim 32 --heads 2 --vocab_size 500".split()
 RUN = "--device cpu --seq_len 384 --batch_size 8 --micro_batch_size 4 --steps 6 --lr 1e-2".split()
 RUN += "--optimizer adamw --warmup_steps 2 --min_lr 0 --schedule cosine".split()
-SMALL = "--examples 60 --bare 0 --eval_examples 12 --samples 1".split()
+SMALL = "--examples 60 --quoting 0 --bare 0 --eval_examples 12 --samples 1".split()
 SMALL += "--eval_every 0 --save_every 2 --log_every 1".split()
 FAST = [*SHAPE, *RUN, *SMALL]
 
