@@ -90,8 +90,8 @@ class Config(RunConfig):
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        examples=14_000, quoting=0.12, bare=0.42, steps=750, seq_len=384, batch_size=16, optimizer="muon",
-        lr=1e-2, min_lr=1e-4, warmup_steps=20, weight_decay=0.01, log_every=50, eval_every=400,
+        examples=14_000, quoting=0.12, bare=0.42, steps=800, seq_len=384, batch_size=16, optimizer="muon",
+        lr=8e-3, min_lr=1e-4, warmup_steps=20, weight_decay=0.01, log_every=50, eval_every=400,
         save_every=400,
     ),
     "small": dict(
@@ -175,9 +175,13 @@ def load_data(config: Config, run: Run) -> Data:
 
 
 def plain(tokenizer: Tokenizer, lines: list[str], times: int, config: Config) -> Packer:
-    """Text whose every token is trained; its lines are short, so a step takes `times` as many."""
-    items = [Item(np.array(ids, np.int32), np.ones(len(ids), bool)) for ids in tokenizer.encode_many(lines)]
-    return Packer([(items, 1.0)], times * config.batch_size, config.seed)
+    """Text whose every token is trained, `times` lines in a document.
+
+    Alone, a line would teach where in it the number stands; among others, that it has to be looked for.
+    """
+    texts = ["".join(lines[first : first + times]) for first in range(0, len(lines), times)]
+    items = [Item(np.array(ids, np.int32), np.ones(len(ids), bool)) for ids in tokenizer.encode_many(texts)]
+    return Packer([(items, 1.0)], config.batch_size, config.seed)
 
 
 Sources = list[tuple[list[list[Message]], float]]  # conversations and weight of each
