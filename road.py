@@ -215,11 +215,11 @@ class Progress:
 
     def __init__(self, stages: list[Stage], finished: set[str]) -> None:
         self.stages, self.started, self.told = stages, time.monotonic(), 0.0
-        self.at_start = self.minutes(finished, [])
+        self.at_start: float | None = None  # what was done when this run began to look
         total = sum(stage.minutes for stage in stages)
         self.bar = tqdm(
             total=total,
-            initial=self.at_start,
+            initial=self.minutes(finished, []),
             disable=not sys.stderr.isatty(),
             bar_format="{percentage:3.0f} % |{bar}| {elapsed}, about {remaining} left  {desc}",
         )
@@ -230,6 +230,7 @@ class Progress:
 
     def show(self, finished: set[str], jobs: list[Job]) -> None:
         done = self.minutes(finished, jobs)
+        self.at_start = done if self.at_start is None else self.at_start
         names = ", ".join(f"{job.stage.name} {job.share():.0%}" for job in jobs)
         self.bar.set_description_str(names, refresh=False)
         self.bar.update(max(0.0, done - self.bar.n))
