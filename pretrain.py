@@ -68,7 +68,7 @@ class Config(RunConfig):
 PRESETS = {
     "tiny": dict(
         model="tiny", steps=600, seq_len=256, batch_size=8, micro_batch_size=8, optimizer="muon",
-        lr=2e-2, min_lr=1e-3, warmup_steps=20, eval_every=200, save_every=200,
+        lr=1e-2, min_lr=1e-3, warmup_steps=20, eval_every=200, save_every=200,
     ),
     # About 1 B tokens of English, Chinese and code.
     "small": dict(
