@@ -63,6 +63,7 @@ class Config(Asking):
 
 
 PRESETS: dict[str, dict[str, Any]] = {"tiny": {}, "small": dict(made=1000)}
+DRAWN = 10  # pictures of a made task that are kept, for people to see
 Values = dict[str, dict[str, Any]]  # {metric: {"value", "stderr", "n"}}
 
 
@@ -131,6 +132,10 @@ def evaluate(
         record |= {"score": grade[metric], "weight": grade.get(f"{metric}:weight", 1), "metrics": grade}
         if item.pictures and isinstance(item.pictures[0], Path):
             record["picture"] = str(item.pictures[0])
+        elif item.pictures and i < DRAWN and "/" not in name:  # the first that were drawn, kept to be seen
+            path = run.folder / f"{name}-{i}.png"
+            item.pictures[0]().save(path)
+            record["picture"] = str(path)
         records.append(record)
     return sorted(gather(records, run), key=lambda record: record["id"])
 

@@ -21,7 +21,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; p
 h1 { font-size: 1.6rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
-th, td { white-space: nowrap; }
+td { white-space: nowrap; } td:first-child { white-space: normal; min-width: 7rem; }
 th:first-child, td:first-child { text-align: left; } .yes { color: var(--yes); } .no { color: var(--no); }
 pre { background: var(--soft); padding: .6rem; font-size: .8rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
