@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,7 +138,7 @@ def theirs(folder: str) -> dict[str, float]:
         callbacks=[Watch()],
     )
     trainer.train()
-    seconds = [after - before for before, after in zip(times, times[1:], strict=False)]
+    seconds = [after - before for before, after in pairwise(times)]
     return {"seconds": statistics.median(seconds[WARM:]), "tokens": statistics.mean(lengths[WARM:])}
 
 

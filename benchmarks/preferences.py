@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import uuid
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -286,7 +287,7 @@ def theirs() -> list[float]:
             callbacks=[Clock()],
         )
         trainer.train()
-    seconds = [after - before for before, after in zip(times, times[1:], strict=False)]
+    seconds = [after - before for before, after in pairwise(times)]
     return [BATCH / duration for duration in seconds[WARM:]]
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +123,7 @@ def theirs() -> list[float]:
         )
         tokens = ROWS * sum(map(len, ids)) / len(trainer.train_dataset)  # of a step, on average
         trainer.train()
-    seconds = [after - before for before, after in zip(times, times[1:], strict=False)]
+    seconds = [after - before for before, after in pairwise(times)]
     return [tokens / duration for duration in seconds[WARM:]]
 
 

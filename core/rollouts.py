@@ -81,7 +81,7 @@ def make_micro(episodes: list[Episode], weights: list[float], device: torch.devi
         place = slice(len(episode.prompt) - 1, len(ids) - 1)
         own = torch.tensor(episode.own)
         targets[row, place] = torch.where(own, ids[len(episode.prompt) :], IGNORE)
-        for value, given in zip(values, (episode.logprobs, episode.old, episode.reference), strict=False):
+        for value, given in zip(values[:3], (episode.logprobs, episode.old, episode.reference), strict=True):
             if given:
                 value[row, place] = torch.tensor(given)
         values[3, row, place] = own * weight
