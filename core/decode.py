@@ -6,37 +6,73 @@ written for that case: same weights, same results, a third of the operations.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import attention, decode_attention, make_bounds
-from kernels.attention import choose
+from kernels.attention import Bounds, choose
 from model import Config, Transformer, rotary_tables, rotate
 
 TYPICAL_ROWS = 32  # weights are packed for products with about this many rows; others cost little more
 WORTH_PACKING = 256  # widths from which the product takes longer than oneDNN takes to start it
 
 
+@dataclass
+class Memory:
+    """What a model has read of one conversation: tokens, and each layer's keys and values [1, n, KV, D].
+
+    The conversation only ever grows, so its next prompt is read from where this ends.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def known(self, prompt: Sequence[int]) -> int:
+        """How many of the prompt's tokens need not be read again; not its last, whose logits are wanted."""
+        if self.tokens != list(prompt[: len(self.tokens)]):
+            self.tokens, self.layers = [], []
+        return min(len(self.tokens), len(prompt) - 1)
+
+    def keep(self, tokens: list[int], cache: "Cache") -> None:
+        """Remember the first slot of a cache, which has read these tokens; nothing, if it has overwritten
+        some."""
+        kept = tokens if len(tokens) <= cache.capacity else []
+        halves = [own[:1, :, : len(kept)].transpose(1, 2).chunk(2, dim=2) for own in cache.layers]
+        self.tokens, self.layers = kept, halves
+
+
 class Prefill:
     """A cache that only remembers. Prompts lie end to end in one row, without padding, and attend each to
-    itself; their keys and values are kept."""
+    itself; their keys and values are kept. Of a prompt alone, `memory` may know the first `known` tokens."""
 
-    def __init__(self, config: Config, lengths: list[int], device: torch.device) -> None:
-        self.lengths = lengths
-        self.positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-        self.bounds = {  # by length, where the window cuts something off
-            length: make_bounds(length, window=config.sliding_window, device=device)
-            for length in lengths
-            if 0 < config.sliding_window < length
-        }
+    def __init__(
+        self,
+        config: Config,
+        lengths: list[int],
+        device: torch.device,
+        memory: Memory | None = None,
+        known: int = 0,
+    ) -> None:
+        self.lengths, self.known = lengths, known
+        self.past = [[x[:, :known] for x in layer] for layer in memory.layers] if known else []
+        self.positions = torch.cat([torch.arange(known, length, device=device) for length in lengths])
+        self.bounds = {}  # by number of queries, where the window cuts something off
+        for length in lengths:
+            if 0 < config.sliding_window < length:
+                lo, hi = make_bounds(length, window=config.sliding_window, device=device)
+                self.bounds[length - known] = Bounds(lo[:, known:], hi)
         self.layers: list[tuple[Tensor, Tensor]] = []  # k, v [1, all tokens, KV, D]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.past:
+            k, v = (torch.cat(pair, dim=1) for pair in zip(self.past[layer], (k, v), strict=True))
         self.layers.append((k, v))
-        each = zip(*(x.split(self.lengths, dim=1) for x in (q, k, v)), strict=True)
+        queries = q.split([length - self.known for length in self.lengths], dim=1)
+        each = zip(queries, *(x.split(self.lengths, dim=1) for x in (k, v)), strict=True)
         outs = [attention(*qkv, bounds=self.bounds.get(qkv[0].shape[1])) for qkv in each]
         return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from core.config import UserError
-from core.decode import Cache, Decoder, Prefill
+from core.decode import Cache, Decoder, Memory, Prefill
 from model import PATCH, Transformer
 
 PREFILL_TOKENS = 16_384  # most tokens in one prefill forward
@@ -146,9 +146,11 @@ class Batch:
         tokenizer: Any,
         features: Sequence[Tensor | None] | None,
         cuda_graph: bool = False,
+        memory: Memory | None = None,
     ) -> None:
         self.model, self.prompts, self.sampling, self.tokenizer = model, prompts, sampling, tokenizer
         self.max_new_tokens, self.seed, self.features = max_new_tokens, seed, features
+        self.memory = memory  # of a prompt that is alone
         self.stop_ids = frozenset(sampling.stop_ids)
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise RuntimeError("the model is sharded: generate inside core.parallel.unsharded(model)")
@@ -244,12 +246,15 @@ class Batch:
             lengths = list(accumulate(len(self.prompts[p]) for p in prompts))
             count = max(1, bisect_right(lengths, PREFILL_TOKENS))
             batch, prompts = prompts[:count], prompts[count:]
-            prefill = Prefill(self.model.config, [len(self.prompts[p]) for p in batch], self.device)
-            tokens = torch.tensor([[token for p in batch for token in self.prompts[p]]], device=self.device)
+            known = 0 if self.memory is None else self.memory.known(self.prompts[batch[0]])
+            whole = [len(self.prompts[p]) for p in batch]
+            prefill = Prefill(self.model.config, whole, self.device, self.memory, known)
+            new = [token for p in batch for token in self.prompts[p][known:]]
             seen = [] if self.features is None else [f for p in batch if (f := self.features[p]) is not None]
-            pictures = {"features": torch.cat(seen).to(self.device)} if seen else {}
+            pictures = {"features": unread(torch.cat(seen), new).to(self.device)} if PATCH in new else {}
+            tokens = torch.tensor([new], device=self.device)
             hidden = self.model.hidden_states(tokens, positions=prefill.positions, cache=prefill, **pictures)
-            last = torch.tensor(lengths[:count], device=self.device) - 1
+            last = torch.tensor(lengths[:count], device=self.device) - known - 1
             for line, (p, logits) in enumerate(zip(batch, self.model.head(hidden[0, last]), strict=True)):
                 self.prefilled[p] = (prefill, line, logits)
             if self.decoder is None:
@@ -315,6 +320,11 @@ class Batch:
                 if state is not None:
                     state[hole] = state[row]
             self.slots[hole], self.slots[row] = self.slots[row], None
+
+
+def unread(features: Tensor, tokens: list[int]) -> Tensor:
+    """Of features [pictures, patches, dim] the last pictures, those whose places are among the tokens."""
+    return features[features.shape[0] - tokens.count(PATCH) // features.shape[1] :]
 
 
 def generate(
@@ -389,28 +399,38 @@ def stream(
     seed: int = 0,
     features: Tensor | None = None,
     avoided: Sequence[int] = (),
+    memory: Memory | None = None,
 ) -> Iterator[tuple[str, Completion]]:
     """One completion as it comes: its new text, and the completion so far (one object, which grows).
 
     Text comes in whole characters, without special tokens and stop strings, and is held back while it may yet
-    turn out to begin a stop string.
+    turn out to begin a stop string. What `memory` knows of the prompt is not read again, and afterwards it
+    knows all that was read here (with a contrast it is left alone).
     """
     special, stops = set(tokenizer.special_tokens.values()), sampling.stop_strings
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     prompts = interleave([prompt], [avoided]) if sampling.contrast else [prompt]
     pictures = [features] * len(prompts)
-    batch = Batch(model, prompts, sampling, max_new_tokens, 1, seed, len(prompts), tokenizer, pictures)
+    memory = None if sampling.contrast else memory
+    batch = Batch(
+        model, prompts, sampling, max_new_tokens, 1, seed, len(prompts), tokenizer, pictures, memory=memory
+    )
     batch.stride = 1  # every token as soon as it is there
-    held = ""
-    for slot in batch.run():
-        if slot.prompt:  # the avoided side's copy of the token
-            continue
-        token, last = slot.completion.tokens[-1], bool(slot.completion.finish_reason)
-        held += decoder.decode(b"" if token in special else tokenizer.decode_bytes([token]), final=last)
-        ready = min([held.find(stop) for stop in stops if stop in held], default=len(held))
-        if not last:
-            ready -= max(
-                (k for stop in stops for k in range(len(stop)) if held.endswith(stop[:k])), default=0
-            )
-        yield held[:ready], slot.completion
-        held = held[ready:]
+    held, completion = "", Completion()
+    try:
+        for slot in batch.run():
+            if slot.prompt:  # the avoided side's copy of the token
+                continue
+            completion = slot.completion
+            token, last = completion.tokens[-1], bool(completion.finish_reason)
+            held += decoder.decode(b"" if token in special else tokenizer.decode_bytes([token]), final=last)
+            ready = min([held.find(stop) for stop in stops if stop in held], default=len(held))
+            if not last:
+                ready -= max(
+                    (k for stop in stops for k in range(len(stop)) if held.endswith(stop[:k])), default=0
+                )
+            yield held[:ready], completion
+            held = held[ready:]
+    finally:  # also where it is stopped; the token drawn last has not been read
+        if memory is not None and completion.tokens:
+            memory.keep([*prompt, *completion.tokens[:-1]], batch.decoder.cache)

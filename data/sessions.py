@@ -19,7 +19,7 @@ from torch import Tensor
 from core import tools
 from core.checkpoint import load_pretrained, read_json
 from core.config import UserError, require
-from core.decode import join_weights
+from core.decode import Memory, join_weights
 from core.generate import Completion, Sampling, stream
 from core.quantize import quantize as round_weights
 from core.vlm_checkpoint import load_vlm, load_vlm_tower
@@ -114,6 +114,7 @@ class Conversation:
         self.new_pictures = 0  # of those that the next message will speak of
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
         self.ids: list[int] = []
+        self.memory = Memory()  # what the model has read of them
 
     def look(self, picture: Source) -> None:
         """Open a picture for the next message. The encoders see it once, however long the conversation."""
@@ -210,7 +211,8 @@ class MossConversation(Conversation):
             return
         stop = replace(sampling, stop_ids=end_ids(self.tokenizer, "<eoc>", "<eom>"), contrast=0.0)
         made = Completion()
-        for _, made in stream(model, self.ids, self.tokenizer, stop, limit, seed, self.features):  # noqa: B007
+        asked = self.ids, self.tokenizer, stop, limit, seed, self.features
+        for _, made in stream(model, *asked, (), self.memory):  # noqa: B007
             yield "text", ""  # whoever shares the model with others may turn to them
         written = read_commands(made.tokens, self.tokenizer)
         if written is None:
@@ -256,7 +258,8 @@ def respond(
             yield from conversation.use_tools(model, sampling, max_new_tokens, seed)
         avoided = conversation.avoided() if sampling.contrast else []
         prompt, features = conversation.ids, conversation.features
-        made = stream(model, prompt, tokenizer, sampling, max_new_tokens, seed, features, avoided)
+        asked = prompt, tokenizer, sampling, max_new_tokens, seed, features, avoided
+        made = stream(model, *asked, conversation.memory)
         for piece, so_far in made:
             text, completion = text + piece, so_far
             yield "text", piece

@@ -18,7 +18,7 @@ from torch import Tensor
 import core.generate
 from core.checkpoint import load_pretrained, save_pretrained
 from core.config import UserError
-from core.decode import Decoder, PackedLinear, join_weights, pack_weights
+from core.decode import Decoder, Memory, PackedLinear, join_weights, pack_weights
 from core.generate import Batch, Completion, Sampling, distribution, generate, stream, uniforms
 from core.parallel import shard, unsharded
 from data.tokenizer import load_tokenizer
@@ -145,6 +145,38 @@ def test_a_prompt_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     generate(model, [[1, 2], [3, 4], [5, 6]], 4, num_samples=5, max_batch=4)
     assert sum(tokens.shape[0] for tokens in read) == 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_growing_conversation_is_read_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns of four tokens and answers of five: with a memory the same answers, and each token read once,
+    but where a window's rolling cache has overwritten some."""
+    model, lengths = Transformer(MODELS[name], seed=1), []
+    forward = model.hidden_states
+
+    def count(tokens: Tensor, **more: Any) -> Tensor:
+        lengths.append(tokens.shape[1])
+        return forward(tokens, **more)
+
+    monkeypatch.setattr(model, "hidden_states", count)
+    memory, talk, cold = Memory(), [], []
+    for turn in range(4):
+        talk += [turn, 7, 8, 9]
+        asked = model, talk, ByteTokenizer(), Sampling(), 5, turn
+        (*_, (_, expected)) = stream(*asked)
+        (*_, (_, made)) = stream(*asked, memory=memory)
+        assert made.tokens == expected.tokens
+        cold.append(len(talk))
+        talk = talk + made.tokens
+    first, *later = lengths[1::2]
+    assert lengths[::2] == cold and first == 4
+    assert later == (cold[1:] if name == "window" else [5, 5, 5])  # a turn, and the answer's last token
+    (*_, (_, other)) = stream(model, [1, 2, 3], ByteTokenizer(), Sampling(), 5, memory=memory)
+    assert other.tokens == generate(model, [[1, 2, 3]], 5)[0][0].tokens, "another conversation"
+    held = stream(model, [1, 2, 3], ByteTokenizer(), Sampling(), 5, memory=memory)
+    next(held), next(held)
+    held.close()
+    assert len(memory.tokens) == 4, "an answer that is stopped is remembered as far as it was read"
 
 
 def test_distribution_is_that_of_transformers() -> None:

@@ -17,7 +17,7 @@ import chat
 import vlm
 from core.checkpoint import load_pretrained, tensor_names
 from core.config import UsageError, UserError
-from core.generate import generate
+from core.generate import Sampling, generate, stream
 from core.scenes import draw
 from core.towers import CLASSES, patch_classes
 from core.vlm_checkpoint import load_published_vlm, load_vlm, load_vlm_tower
@@ -441,8 +441,9 @@ def test_chat_looks_at_a_picture_once(finished: Path, tmp_path: Path, capsys: py
     load_picture(SceneRows(1).find("0")).save(tmp_path / "scene.png")
     config = chat.Config(model=str(finished / "model"), device="cpu", temperature=0, max_new_tokens=3)
     assistant = load_assistant(finished / "model", "cpu")
-    tokenizer, looked = assistant.tokenizer, []
+    tokenizer, looked, read = assistant.tokenizer, [], []
     assistant.eyes.tower.register_forward_hook(lambda *_: looked.append(1))
+    assistant.model.projector.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape[:-1]))
     conversation = chat.open_conversation(config, assistant)
     conversation.look(tmp_path / "scene.png")
     for turn in range(3):
@@ -450,8 +451,13 @@ def test_chat_looks_at_a_picture_once(finished: Path, tmp_path: Path, capsys: py
             conversation.look(tmp_path / "scene.png")
         chat.reply(conversation, "What is <image> it?", assistant, config)
         assert conversation.ids.count(PATCH) == 36 * len(looked) and len(looked) == 1 + (turn == 2)
+    assert [shape for shape in read if len(shape) == 2] == [(1, 36), (1, 36)], "each enters the model once"
     row = Row(conversation.messages, [Path("a"), Path("b")])
     assert conversation.ids[:60] == render_row(row, tokenizer, "tulu", 36).ids.tolist()[:60]
+    conversation.add_user("And now?")
+    asked = assistant.model, conversation.ids, tokenizer, Sampling(temperature=0), 3, 0, conversation.features
+    (*_, (_, warm)), (*_, (_, cold)) = stream(*asked, memory=conversation.memory), stream(*asked)
+    assert warm.tokens == cold.tokens, "what is remembered is what would be read"
     for path in (tmp_path, tmp_path / "none.png"):
         with pytest.raises(UserError, match="damaged|no such file"):
             conversation.look(path)

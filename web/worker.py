@@ -77,6 +77,7 @@ class Worker(threading.Thread):
             self.jobs.append(self.new.get())
         for job in filter(None, self.jobs):
             job.end("stopping", "the server is stopping")
+            job.events.close()
 
     def advance(self, job: Job) -> None:
         """Tell a job's next event; the job then stands last in the row."""
