@@ -592,13 +592,18 @@ class VLM(Transformer):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """The decoder's as ever; the projector's uniform within 1 / sqrt(inputs), as PyTorch's Linear."""
+        """The decoder's as ever; the projector's so that patches come out as far apart as they went in.
+
+        Variance 2 / inputs, no bias (He et al. 2015). With PyTorch's default for Linear, which Prismatic
+        keeps, the biases outweigh what three layers leave of the differences between patches.
+        """
         super().init_weights(seed)
         for name, parameter in self.named_parameters():
             if name.startswith("projector."):
-                inputs = self.get_submodule(name.rpartition(".")[0]).in_features
-                value = torch.empty(parameter.shape)
-                assign(parameter, value.uniform_(-(inputs**-0.5), inputs**-0.5, generator=seeded(seed, name)))
+                value = torch.zeros(parameter.shape)
+                if value.ndim == 2:
+                    value.normal_(0, (2 / value.shape[1]) ** 0.5, generator=seeded(seed, name))
+                assign(parameter, value)
 
     def splice(self, tokens: Tensor, features: Tensor | None) -> Tensor:
         """tokens [B, T] and features [pictures, patches, vision_dim] -> embeddings [B, T, dim].

@@ -58,7 +58,7 @@ class Config(RunConfig):
     check_data: bool = False  # open every row and picture, report, stop
     optimizer: Literal["adamw", "muon"] = "adamw"
     beta2: float = 0.999  # AdamW's second momentum; PyTorch's default, as in Prismatic
-    scenes: int = 8000  # drawn pictures to train on
+    scenes: int = 24_000  # drawn pictures to train on
     objects: int = 3  # most things in one
     turns: int = 7  # questions about each
     eval_rows: int = 900  # held-out rows
@@ -73,7 +73,7 @@ class Config(RunConfig):
         super().__post_init__()
         require(self.objects in range(1, 10), "--objects must be between 1 and 9")
         require(0 <= self.max_bad <= 1, "--max_bad must be between 0 and 1")
-        require(self.dim % 16 == 0, f"--dim {self.dim} must be a multiple of 16, the size of a head")
+        require(self.dim % 32 == 0, f"--dim {self.dim} must be a multiple of 32, the size of a head")
 
 
 # Prismatic's settings, which Moxin-VLM's configuration repeats: one stage, frozen encoders, 2 epochs of
@@ -105,7 +105,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         chat_format="pure",
         optimizer="muon",
-        steps=3500,
+        steps=5500,
         seq_len=320,
         batch_size=16,
         micro_batch_size=16,
@@ -207,9 +207,10 @@ def made_shape(config: Config, vocab_size: int) -> Shape:
         vocab_size=vocab_size,
         layers=config.layers,
         dim=config.dim,
-        heads=config.dim // 16,
-        kv_heads=config.dim // 16,
-        head_dim=16,
+        heads=config.dim // 32,
+        kv_heads=config.dim // 32,
+        head_dim=32,
+        rope_theta=1e10,  # most of a head does not turn: a word finds a patch by what it shows, not where
         ffn_dim=config.dim * 3,
         max_seq_len=max(1024, config.seq_len),
         tied=True,

@@ -22,9 +22,7 @@ from core.towers import one_letter
 from data.pictures import IMAGE, Rows, Source
 
 HELD_OUT = {("purple", "star"), ("yellow", "triangle"), ("black", "circle")}  # never in training
-BESIDE = {"left of": "左边", "right of": "右边", "above": "上面", "below": "下面"}
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-CHINESE = COLOURS | SHAPES | SIZES | POSITIONS | BESIDE
+CHINESE = COLOURS | SHAPES | SIZES | POSITIONS | {"above": "上面", "below": "下面"}
 CHINESE_WORDS = re.compile(f"({'|'.join(sorted(set(CHINESE.values()), key=len, reverse=True))})")
 KINDS = ("colour", "shape", "size", "position", "count", "exist", "relation", "digit", "letter", "caption")
 
@@ -52,8 +50,16 @@ class Asker:
     def word(self, name: str) -> str:
         return name if self.language == "en" else CHINESE[name]
 
-    def thing(self, colour: str, shape: str) -> str:
-        return self.say(f"{colour} {shape}", f"{CHINESE[colour]}{CHINESE[shape]}")
+    def thing(self, colour: str = "", shape: str = "") -> str:
+        """'red star', 'red thing', 'star', 'thing'."""
+        if self.language == "en":
+            return f"{colour} {shape or 'thing'}".strip()
+        return (colour and CHINESE[colour]) + (CHINESE[shape] if shape else "东西")
+
+    def number(self, colour: str = "", shape: str = "") -> int:
+        """How many things there are of that colour and that shape."""
+        things = self.scene.items
+        return sum(colour in ("", thing.colour) and shape in ("", thing.shape) for thing in things)
 
     def only(self, *fields: str) -> Item | None:
         """One of the shapes whose fields (colour, shape) no other has."""
@@ -89,43 +95,52 @@ class Asker:
         return None
 
     def count(self) -> Question:
-        shown = [item.shape for item in self.shapes] or [""]
-        name = self.rng.choice(["", self.rng.choice(shown), self.rng.choice(list(SHAPES))])
-        number = str(sum(name in ("", item.shape) for item in self.scene.items))
-        what = self.say(f"{name}s" if name else "things", CHINESE[name] if name else "东西")
-        return Question(self.say(f"How many {what} are there?", f"有几个{what}？"), number)
+        """Of all things, or of those of a colour, a shape or both, mostly such as are there."""
+        choose, present = self.rng.choice, pairs(*self.shapes)
+        colour = choose([choose([item.colour for item in self.scene.items]), choose(list(COLOURS))])
+        shape = choose([choose([item.shape for item in self.shapes] or [""]), choose(list(SHAPES))])
+        colour, shape = choose([("", ""), (colour, ""), ("", shape), (colour, shape)])
+        if (colour, shape) in HELD_OUT and not present & HELD_OUT:
+            colour = ""
+        name, number = self.thing(colour, shape), str(self.number(colour, shape))
+        about = frozenset({(colour, shape)} if colour and shape else ())
+        return Question(self.say(f"How many {name}s are there?", f"有几个{name}？"), number, about)
 
     def exist(self) -> Question | None:
-        """Half yes, half no; where no, a colour and a shape that are both there, but not together, if there
-        are."""
+        """Half yes, half no. Half ask for a colour or a shape, half for both; where those are not there, each
+        of the two is, if it can be, on different things (POPE's adversarial questions)."""
         present = pairs(*self.shapes)
         if not present:
             return None
-        never = present if present & HELD_OUT else present | HELD_OUT
-        both = {(colour, shape) for colour, _ in present for _, shape in present} - never
-        near = {
-            (c, s) for c in COLOURS for s in SHAPES if any((c == a) != (s == b) for a, b in present)
-        } - never
-        yes = self.rng.random() < 0.5
-        pair = self.rng.choice(sorted(present if yes else both or near))
-        thing = self.thing(*pair)
-        text = self.say(f"Is there a {thing}?", f"有没有{thing}？")
-        return Question(text, self.say("yes", "有") if yes else self.say("no", "没有"), frozenset({pair}))
+        yes, both = self.rng.random() < 0.5, self.rng.random() < 0.5
+        new, rest = present & HELD_OUT, {(c, s) for c in COLOURS for s in SHAPES} - HELD_OUT - present
+        swapped = rest & {(colour, shape) for colour, _ in present for _, shape in present}
+        near = {(c, s) for c, s in rest if any((c == a) != (s == b) for a, b in present)}
+        words = {(colour, "") for colour in COLOURS} | {("", shape) for shape in SHAPES}
+        asked = {word for word in words if (self.number(*word) > 0) == yes}
+        if new:
+            asked = new if yes else HELD_OUT - present
+        elif both or not asked:
+            asked = present if yes else swapped or near
+        pair = self.rng.choice(sorted(asked))
+        text = self.say(f"Is there a {self.thing(*pair)}?", f"有没有{self.thing(*pair)}？")
+        about = frozenset({pair} if all(pair) else ())
+        return Question(text, self.say("yes", "有") if yes else self.say("no", "没有"), about)
 
     def relation(self) -> Question | None:
-        """Half yes, half no, by asking for the opposite direction."""
+        """On which side of one thing another is; each is named by a colour and a shape."""
         first, second = self.only("colour", "shape"), self.only("colour", "shape")
         if first is None or second is None or first == second:
             return None
         down, right = (a - b for a, b in zip(cell(first), cell(second), strict=True))
-        true = [("left of", "right of")[right > 0]] * (right != 0) + [("above", "below")[down > 0]] * (
-            down != 0
-        )
-        yes, direction = self.rng.random() < 0.5, self.rng.choice(true)
-        asked = direction if yes else OPPOSITE[direction]
+        sides = [("left", "right", right)] * (right != 0) + [("above", "below", down)] * (down != 0)
+        less, more, way = self.rng.choice(sides)
         a, b = self.thing(first.colour, first.shape), self.thing(second.colour, second.shape)
-        text = self.say(f"Is the {a} {asked} the {b}?", f"{a}在{b}的{CHINESE[asked]}吗？")
-        return Question(text, self.say("yes", "在") if yes else self.say("no", "不在"), pairs(first, second))
+        english = f"Is the {a} {less} or {more} {'of ' if less == 'left' else ''}the {b}?"
+        chinese = f"{a}在{b}的{CHINESE[less]}还是{CHINESE[more]}？"
+        return Question(
+            self.say(english, chinese), self.word(more if way > 0 else less), pairs(first, second)
+        )
 
     def text(self, digits: bool, question: str) -> Question | None:
         texts = [
@@ -197,7 +212,8 @@ class SceneRows(Rows):
                 continue
             asker = Asker(scene, language, rng)
             first = getattr(asker, kind)()
-            if first is None or self.held_out and first.about and not first.about & HELD_OUT:
+            of_new = self.held_out and kind not in ("digit", "letter")
+            if first is None or of_new and not first.about & HELD_OUT:
                 continue
             questions = {kind: first}
             short = [kind for kind in self.kinds if kind != "caption"]  # a caption outweighs all the others

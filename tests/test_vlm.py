@@ -18,14 +18,14 @@ import vlm
 from core.checkpoint import load_pretrained, tensor_names
 from core.config import UsageError, UserError
 from core.generate import Sampling, generate, stream
-from core.scenes import draw
+from core.scenes import COLOURS, SHAPES, Scene, draw
 from core.towers import CLASSES, patch_classes
 from core.vlm_checkpoint import load_published_vlm, load_vlm, load_vlm_tower
 from data.chat import render
 from data.packing import Item
 from data.picture_batches import Example, PictureBatches, collate, render_row
 from data.pictures import BadRow, Row, load_picture
-from data.scene_rows import CHINESE, HELD_OUT, KINDS, SceneRows, pairs, words_apart
+from data.scene_rows import CHINESE, HELD_OUT, KINDS, SceneRows, cell, pairs, words_apart
 from data.seeing import Seer
 from data.sessions import Conversation, Eyes, PureConversation, load_assistant
 from data.tokenizer import train_tokenizer
@@ -502,6 +502,19 @@ def test_published_layouts(layout: str, tower: VisionTower, tmp_path: Path) -> N
         load_published_vlm(tmp_path / "other.safetensors", model.config, tower)
 
 
+def side_is_true(scene: Scene, said: str, side: str) -> bool:
+    """Whether the thing named first stands on that side of the one named second."""
+    named = {}
+    for item in scene.items:
+        for name in (f"{item.colour} {item.shape}", COLOURS[item.colour] + SHAPES.get(item.shape, "-")):
+            if name in said:
+                named[said.index(name)] = cell(item)
+    (row, column), (other_row, other_column) = (named[place] for place in sorted(named))
+    true = {"left": column < other_column, "right": column > other_column}
+    true |= {"above": row < other_row, "below": row > other_row}
+    return true[{CHINESE[name]: name for name in true}.get(side, side)]
+
+
 def test_scene_questions_have_exact_answers() -> None:
     rows = SceneRows(270, seed=5, turns=4)
     for i in range(len(rows)):
@@ -511,8 +524,17 @@ def test_scene_questions_have_exact_answers() -> None:
         for kind, question in questions:
             if kind in ("digit", "letter"):
                 assert [item.text for item in scene.items].count(question.answer) == 1
+            said = question.text
+            colours = [name for name in COLOURS if name in said or COLOURS[name] in said]
+            shapes = [name for name in SHAPES if name in said or SHAPES[name] in said]
+            things = [item for item in scene.items if not colours or item.colour in colours]
+            number = sum(not shapes or item.shape in shapes for item in things)
+            if kind == "count":
+                assert question.answer == str(number)
             if kind == "exist":
-                assert (question.answer in ("yes", "有")) == bool(question.about & pairs(*scene.items))
+                assert question.answer in (("yes", "有") if number else ("no", "没有"))
+            if kind == "relation":
+                assert side_is_true(scene, said, question.answer)
     new = SceneRows(90, seed=5, held_out=True)
     assert all(pairs(*new.make(i)[0].items) & HELD_OUT for i in range(90))
     scene, _ = rows.make(0)
@@ -539,7 +561,7 @@ def test_check_data_reports_and_fails(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--data", "absent.json"], "absent.json: no such file"),
         (["--data", "model.py"], "expected .json, .jsonl or .tar"),
         (["--objects", "12"], "--objects must be between 1 and 9"),
-        (["--dim", "50"], "multiple of 16"),
+        (["--dim", "50"], "multiple of 32"),
         (["--resize", "squash"], "--resize 'squash': expected one of naive, crop, letterbox"),
         (["--vision", "nowhere/at/all"], "nowhere/at/all"),
         (["--max_bad", "2"], "--max_bad must be between 0 and 1"),
