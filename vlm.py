@@ -388,12 +388,11 @@ def main() -> None:
     state = checkpoints.resume(guard)
     before = state.get("before") or report(model, held_out, config, run)
 
-    flops = flops_per_token(model.config, config.seq_len)
     run.say(
         f"{num_parameters(model.config):,} parameters of words, {len(training):,} rows, {config.steps} steps"
     )
     run.progress(config.steps)
-    speed = Speedometer(run, flops)
+    speed = Speedometer(run, flops_per_token(model.config, config.seq_len))
     step = run.start_step
     while step < config.steps:
         with speed.waiting():
