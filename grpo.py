@@ -18,6 +18,7 @@ clipping never acts; a loss near 0 is then normal, and reward and gradient norm 
     python grpo.py --init_from runs/sft/model --data gsm8k.train.jsonl --suffix '' --max_new_tokens 512
 """
 
+import itertools
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -289,14 +290,14 @@ def update(
     model: Transformer, optimizer: torch.optim.Optimizer, guard: SpikeGuard, episodes: list[Episode],
     config: Config, run: Run, step: int, limit: int,
 ) -> Statistics:  # fmt: skip
-    """Learn from a rollout: `epochs` passes, in updates of batch_size completions."""
+    """Learn from a rollout: `epochs` passes, in updates of about batch_size completions, groups undivided."""
     statistics = Statistics(run.device, config.kl_coef > 0)
     parts = max(1, len(episodes) // config.batch_size)
+    groups = [list(group) for _, group in itertools.groupby(episodes, key=lambda episode: episode.prompt)]
     for epoch in range(config.epochs):
-        order = list(range(len(episodes)))
-        random.Random(f"{config.seed}/{step}/{epoch}").shuffle(order)
+        random.Random(f"{config.seed}/{step}/{epoch}").shuffle(groups)
         for part in range(parts):
-            batch = [episodes[number] for number in sorted(order[part::parts])]
+            batch = [episode for group in groups[part::parts] for episode in group]
             loss = run.sum(accumulate(model, batch, config, run, limit, statistics))[0]
             statistics.updates.append(take_step(model, optimizer, guard, config, step, loss))
     return statistics
@@ -324,7 +325,7 @@ def accumulate(
             own = sum(sum(episode.own) for episode in chosen)
             weights = [1 / (own * len(shares) * run.world_size)] * len(chosen)
         micro = rollouts.make_micro(chosen, weights, run.device)
-        logprobs, entropy = model.logprobs(micro.tokens, micro.targets, temperature=config.temperature)
+        logprobs, entropy = micro.logprobs(model, config.temperature)
         old = micro.old if config.several_updates else logprobs.detach()
         mask, reference = micro.targets != IGNORE, micro.reference if config.kl_coef else None
         inputs = logprobs, old, micro.advantages, micro.weights, mask, config, reference
