@@ -332,7 +332,7 @@ def accumulate(
         loss, ratio = policy_loss(*inputs, entropy if config.entropy_coef else None)
         loss.backward()
         total += loss.detach()
-        if share:
+        if not idle:
             now = logprobs.detach(), old, entropy.detach(), ratio.detach()
             statistics.add(micro, *now, config.clip_low, config.clip_high)
     return total
@@ -470,12 +470,13 @@ def main() -> None:
         stage = [stage for stage in stages if stage.first <= step][-1]
         clock = Clock()
         episodes, cursor = collect(model, problems, tokenizer, config, run, step, stage, cursor, clock)
+        live = [episode for episode in episodes if episode.advantage or config.keep_zero_variance]
         if config.several_updates:
             with clock("old"):
-                rollouts.score(model, episodes, "old", config.temperature, run)
+                rollouts.score(model, live, "old", config.temperature, run)
         if reference is not None:
             with clock("reference"):
-                rollouts.score(reference, episodes, "reference", config.temperature, run)
+                rollouts.score(reference, live, "reference", config.temperature, run)
         with clock("update"):
             learnt = update(model, optimizer, guard, episodes, config, run, step, stage.limit).read(run)
         if learnt["mismatch"] > config.max_mismatch:

@@ -67,7 +67,7 @@ class Cache:
     def insert(self, slots: list[int], prefill: Prefill, rows: list[int]) -> None:
         """Copy the last positions of prefilled prompts into slots."""
         ends = list(accumulate(prefill.lengths))
-        sources, targets = [], []  # of each position: its place in the prefill, and the places of its heads here
+        sources, targets = [], []  # of positions: where they are in the prefill, and where their heads go
         for slot, row in zip(slots, rows, strict=True):
             length = prefill.lengths[row]
             positions = torch.arange(max(0, length - self.capacity), length, device=self.columns.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.generate import Completion
 from core.run import Run, peak_memory_bytes
-from kernels import Bounds, attention, make_bounds
+from kernels import attention, make_bounds
 from model import Transformer
 
 IGNORE = -100  # a target that is not in the loss
@@ -62,12 +62,7 @@ class Episode:
 
 @dataclass
 class Micro:
-    """Some episodes side by side, padded on the right. All [n, T] unless said otherwise.
-
-    The model reads a prompt once, however many of the episodes begin with it: what differs lies end to end in
-    one row, without padding, and only attention sees the table. (A prompt's last token is read for each episode,
-    since what is to be predicted there differs.)
-    """
+    """Some episodes side by side, padded on the right. All [n, T] unless said otherwise."""
 
     tokens: Tensor
     targets: Tensor  # the next token where the model wrote it, else -100
@@ -76,25 +71,49 @@ class Micro:
     reference: Tensor
     weights: Tensor  # of each target in the loss
     advantages: Tensor  # [n, 1]
-    places: Tensor  # where in the row each cell of the table is; anywhere if it is padding
-    cells: Tensor  # [row] the inverse: the cell, counted line by line, that is read there
-    bounds: Bounds | None = None  # of attention, where the model has a window
+    row: "SharedPrompts"
 
     def logprobs(self, model: Transformer, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the targets and entropies where they are drawn, 0 elsewhere; see model.py."""
-        width, window = self.tokens.shape[1], model.config.sliding_window
-        if 0 < window < width:
-            self.bounds = make_bounds(width, window, device=self.tokens.device)
-        row = [x.flatten()[None, self.cells] for x in (self.tokens, self.targets)]
-        found = model.logprobs(*row, None, self.cells % width, temperature, cache=self)
-        logprobs, entropy = (x[0, self.places] * (self.targets != IGNORE) for x in found)
+        self.row.window = model.config.sliding_window
+        read = [x.flatten()[None, self.row.cells] for x in (self.tokens, self.targets)]
+        positions = self.row.cells % self.tokens.shape[1]
+        found = model.logprobs(*read, None, positions, temperature, cache=self.row)
+        logprobs, entropy = (x[0, self.row.places] * (self.targets != IGNORE) for x in found)
         return logprobs, entropy
+
+
+class SharedPrompts:
+    """A table of sequences [n, T] as the model reads it: each prompt once, however many lines begin with it.
+
+    What differs lies end to end in one row, without padding, and only attention sees the table. The last
+    token of a prompt is read for each line, since what is to be predicted there differs.
+    """
+
+    def __init__(self, prompts: list[list[int]], lengths: list[int], device: torch.device) -> None:
+        """lengths: of the lines, as they are read."""
+        n, width = len(prompts), max(lengths)
+        places = torch.zeros(n, width, dtype=torch.long)
+        cells: list[int] = []
+        starts: dict[tuple, int] = {}  # of each prompt in the row
+        for line, (prompt, length) in enumerate(zip(map(tuple, prompts), lengths, strict=True)):
+            begin, end = line * width, len(prompt) - 1
+            if prompt not in starts:
+                starts[prompt] = len(cells)
+                cells += range(begin, begin + end)
+            places[line, :end] = torch.arange(end) + starts[prompt]
+            places[line, end:length] = torch.arange(length - end) + len(cells)
+            cells += range(begin + end, begin + length)
+        self.places = places.to(device)  # where in the row each cell of the table is; anywhere for padding
+        self.cells = torch.tensor(cells, device=device)  # [row] the inverse: the cell, counted line by line
+        self.window = 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The model's attention over [1, row, heads, D]: to the table, and back."""
         # F.embedding is x[0, places] with a quicker gradient.
         tables = [F.embedding(self.places, x[0].flatten(1)).unflatten(-1, x.shape[2:]) for x in (q, k, v)]
-        return attention(*tables, bounds=self.bounds).flatten(0, 1)[None, self.cells]
+        bounds = make_bounds(self.places.shape[1], self.window, device=q.device) if self.window else None
+        return attention(*tables, bounds).flatten(0, 1)[None, self.cells]
 
 
 def make_micro(episodes: list[Episode], weights: list[float], device: torch.device) -> Micro:
@@ -106,28 +125,16 @@ def make_micro(episodes: list[Episode], weights: list[float], device: torch.devi
         return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
 
     inputs = [(e.prompt + e.tokens)[:-1] for e in episodes]
-    tokens = torch.tensor([row + [0] * (width - len(row)) for row in inputs])
-    own, cells, starts = table("own", False), [], {}  # starts: where in the row a prompt begins
-    places = torch.zeros_like(tokens)
-    for number, (episode, row) in enumerate(zip(episodes, inputs, strict=True)):
-        begin, shared = number * width, len(episode.prompt) - 1
-        start = starts.setdefault(tuple(episode.prompt), len(cells))
-        cells += range(begin, begin + shared) if start == len(cells) else ()
-        places[number, :shared] = torch.arange(start, start + shared)
-        places[number, shared : len(row)] = torch.arange(len(cells), len(cells) + len(row) - shared)
-        cells += range(begin + shared, begin + len(row))
-    micro = Micro(
-        tokens=tokens,
-        targets=table("tokens", IGNORE).where(own, IGNORE),
-        sampled=table("logprobs"),
-        old=table("old"),
-        reference=table("reference"),
-        weights=own * torch.tensor(weights)[:, None],
-        advantages=torch.tensor([[episode.advantage] for episode in episodes]),
-        places=places,
-        cells=torch.tensor(cells),
+    own = table("own", False)
+    tables = (
+        torch.tensor([row + [0] * (width - len(row)) for row in inputs]),
+        table("tokens", IGNORE).where(own, IGNORE),
+        *map(table, ("logprobs", "old", "reference")),
+        own * torch.tensor(weights)[:, None],
+        torch.tensor([[episode.advantage] for episode in episodes]),
     )
-    return Micro(*(value.to(device) for value in vars(micro).values() if value is not None))
+    row = SharedPrompts([e.prompt for e in episodes], list(map(len, inputs)), device)
+    return Micro(*(value.to(device) for value in tables), row)
 
 
 def deal(episodes: list[Episode], budget: int, run: Run) -> list[list[Episode]]:
@@ -216,7 +223,7 @@ class Statistics:
             values |= {"kl_k1": -delta, "kl_k2": 0.5 * delta**2, "kl_k3": delta.exp() - delta - 1}
         for name, value in values.items():
             self.sums[name] += (value * mask).sum()
-        self.sums["read"] += len(micro.cells)
+        self.sums["read"] += len(micro.row.cells)
         self.largest = torch.maximum(self.largest, off.abs().max())
 
     def read(self, run: Run) -> dict[str, float]:
