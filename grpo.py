@@ -124,10 +124,10 @@ MOXIN: dict[str, Any] = dict(
     eval_problems=500,
 )
 PRESETS: dict[str, dict[str, Any]] = {
-    # Ours, for one thread of a laptop: four small updates a rollout.
-    "tiny": dict(lr=3e-4, warmup_steps=10, schedule="linear", weight_decay=0.0, seq_len=64, clip_high=0.28,
-        micro_batch_size=32, batch_size=64, warm_steps=150, warm_batch=16, steps=80, log_every=5,
-        eval_every=20, save_every=20),
+    # Ours, for one thread of a laptop: many small rollouts, one update from each.
+    "tiny": dict(lr=4.5e-4, warmup_steps=20, schedule="linear", weight_decay=0.0, seq_len=64, prompts=16,
+        micro_batch_size=32, batch_size=128, max_new_tokens=10, warm_steps=165, warm_batch=16, steps=310,
+        log_every=10, eval_every=60, save_every=60),
     # Ours, for one GPU: a model of some 11 M parameters, taught and trained in minutes.
     "small": dict(data=("countdown", "steps"), dim=384, layers=6, heads=6, warm_steps=2000, warm_batch=256,
         warm_lr=1e-3, lr=1e-4, warmup_steps=10, schedule="linear", weight_decay=0.0, prompts=128,
@@ -433,10 +433,8 @@ def main() -> None:
     stages = plan(config)
     require(bool(config.init_from or config.warm_steps), "give --init_from MODEL, or --warm_steps > 0")
     if config.dry_run:
-        made = small_shape(config, config.vocab_size)
-        return print_estimate(
-            config, read_config(resolve_folder(config.init_from)) if config.init_from else made
-        )
+        shape = read_config(resolve_folder(config.init_from)) if config.init_from else None
+        return print_estimate(config, shape or small_shape(config, config.vocab_size))
 
     run = Run(config, "grpo")
     problems = Problems(config.data, config.seed, config.skip_bad)
@@ -461,9 +459,8 @@ def main() -> None:
     if not state:
         run.log(0, config.steps, **before)
 
-    run.say(
-        f"{num_parameters(model.config):,} parameters, {config.steps} rollouts of {config.prompts} problems"
-    )
+    size = num_parameters(model.config)
+    run.say(f"{size:,} parameters, {config.steps} rollouts of {config.prompts} problems")
     run.progress(config.steps)
     step = run.start_step
     while step < config.steps:

@@ -39,7 +39,7 @@ EXPERIMENTS = {  # arguments of grpo.py
 def run(folder: Path, seed: int, *arguments: str) -> dict:
     """One run of grpo.py in a process of its own; its summary."""
     command = [sys.executable, str(ROOT / "grpo.py"), "--out", str(folder), "--seed", str(seed)]
-    command += "--preset tiny --device cpu --save_every 0 --eval_every 0 --log_every 1".split()
+    command += "--preset tiny --device cpu --save_every 0 --eval_every 0".split()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
