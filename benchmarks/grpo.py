@@ -25,14 +25,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATE = ["--steps", "1", "--lr", "0"]  # the one rollout changes nothing
-# Longer answers, so fewer of them.
-LONGER = "--seq_len 128 --prompts 16 --max_new_tokens 56 --steps 50 --lr 4e-4 --eval_problems 100"
 MOSS = "--chat_format moss --vocab_size 420 --system 'Calculator: enabled. API: Calculate(expression)'"
+LONGER = "--prompts 16 --batch_size 128 --seq_len 128 --eval_problems 100 --eval_every 10"
 EXPERIMENTS = {  # arguments of grpo.py
     "sorting": "",
-    "countdown": "--data countdown --warm_steps 500",
-    "steps": f"--data steps --warm_steps 190 --warm_lr 4e-3 --eval_every 10 {LONGER} --lr 3e-4",
-    "calculator": f"--data products --warm_steps 100 {LONGER} {MOSS} --tools calculator",
+    "countdown": "--data countdown --warm_batch 64 --warm_steps 350 --prompts 32 --batch_size 128 --epochs 2 "
+    "--max_new_tokens 14 --lr 3e-4 --steps 100",
+    "steps": f"--data steps --warm_steps 200 --warm_lr 4e-3 {LONGER} --max_new_tokens 44 --lr 2e-4 --steps 60",
+    "calculator": f"--data products --warm_steps 110 {LONGER} --max_new_tokens 56 --lr 3e-4 --steps 50 {MOSS} "
+    "--tools calculator",
 }
 
 

@@ -149,10 +149,12 @@ def deal(episodes: list[Episode], budget: int, run: Run) -> list[list[Episode]]:
     shares = []
     for rank in range(run.world_size):
         rows: list[list[Episode]] = []
+        longest = 0
         for episode in itertools.chain(*list(groups.values())[rank :: run.world_size]):
-            longest = max(e.length for e in (*rows[-1], episode)) if rows else 0
+            longest = max(longest, episode.length)
             if not rows or (len(rows[-1]) + 1) * longest > budget:
                 rows.append([])
+                longest = episode.length
             rows[-1].append(episode)
         shares.append(rows)
     most = max(map(len, shares))
