@@ -31,9 +31,10 @@ EXPERIMENTS = {  # arguments of grpo.py
     "sorting": "",
     "countdown": "--data countdown --warm_batch 64 --warm_steps 350 --prompts 32 --batch_size 128 --epochs 2 "
     "--max_new_tokens 14 --lr 3e-4 --steps 100",
-    "steps": f"--data steps --warm_steps 200 --warm_lr 4e-3 {LONGER} --max_new_tokens 44 --lr 2e-4 --steps 60",
-    "calculator": f"--data products --warm_steps 110 {LONGER} --max_new_tokens 56 --lr 3e-4 --steps 50 {MOSS} "
-    "--tools calculator",
+    "steps": "--data steps --warm_steps 200 --warm_lr 4e-3 --lr 2e-4 --steps 60 --max_new_tokens 44 "
+    f"{LONGER}",
+    "calculator": "--data products --warm_steps 110 --lr 3e-4 --steps 50 --max_new_tokens 56 "
+    f"{LONGER} {MOSS} --tools calculator",
 }
 
 
