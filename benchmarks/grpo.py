@@ -29,8 +29,7 @@ MOSS = "--chat_format moss --vocab_size 420 --system 'Calculator: enabled. API: 
 LONGER = "--prompts 16 --batch_size 128 --seq_len 128 --eval_problems 100 --eval_every 10"
 EXPERIMENTS = {  # arguments of grpo.py
     "sorting": "",
-    "countdown": "--data countdown --warm_batch 64 --warm_steps 350 --prompts 32 --batch_size 128 --epochs 2 "
-    "--max_new_tokens 14 --lr 3e-4 --steps 100",
+    "countdown": "--data countdown --warm_batch 64 --warm_steps 350 --max_new_tokens 14 --steps 160",
     "steps": "--data steps --warm_steps 200 --warm_lr 4e-3 --lr 2e-4 --steps 60 --max_new_tokens 44 "
     f"{LONGER}",
     "calculator": "--data products --warm_steps 110 --lr 3e-4 --steps 50 --max_new_tokens 56 "
