@@ -32,7 +32,7 @@ EXPERIMENTS = {  # arguments of grpo.py
     "countdown": "--data countdown --warm_batch 64 --warm_steps 250 --max_new_tokens 14 --steps 140",
     "steps": "--data steps --warm_steps 200 --warm_lr 4e-3 --lr 2e-4 --steps 40 --eval_every 10 "
     f"--max_new_tokens 44 {LONGER}",
-    "calculator": "--data products --warm_steps 110 --lr 3e-4 --steps 35 "
+    "calculator": "--data products --warm_steps 260 --lr 3e-4 --steps 35 "
     f"--max_new_tokens 56 {LONGER} {MOSS} --tools calculator",
 }
 
