@@ -10,8 +10,8 @@ demonstrations and of reinforcement, evaluation not counted. Experiments:
     steps        the last digit after five operations, with thoughts; one control is shown answers alone
     calculator   products of two three-digit numbers with the calculator; then the same model without it
 
-Controls: the same start with rewards given to the wrong completions, and a new model taught by demonstrations
-for as long as the first row took in all.
+Controls: the same start with rewards given to the wrong completions (sorting, countdown), and a new model
+taught by demonstrations for as long as the first row took in all.
 """
 
 import argparse
@@ -25,21 +25,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATE = ["--steps", "1", "--lr", "0"]  # the one rollout changes nothing
-# Longer answers, so fewer of them.
-LONGER = "--seq_len 128 --prompts 16 --max_new_tokens 56 --steps 50 --lr 4e-4 --eval_problems 100"
 MOSS = "--chat_format moss --vocab_size 420 --system 'Calculator: enabled. API: Calculate(expression)'"
+LONGER = "--prompts 16 --batch_size 128 --seq_len 128 --eval_problems 100"  # answers, so fewer of them
 EXPERIMENTS = {  # arguments of grpo.py
     "sorting": "",
-    "countdown": "--data countdown --warm_steps 500",
-    "steps": f"--data steps --warm_steps 190 --warm_lr 4e-3 --eval_every 10 {LONGER} --lr 3e-4",
-    "calculator": f"--data products --warm_steps 100 {LONGER} {MOSS} --tools calculator",
+    "countdown": "--data countdown --warm_batch 64 --warm_steps 250 --max_new_tokens 14 --steps 140",
+    "steps": "--data steps --warm_steps 200 --warm_lr 4e-3 --lr 2e-4 --steps 40 --eval_every 10 "
+    f"--max_new_tokens 44 {LONGER}",
+    "calculator": "--data products --warm_steps 260 --lr 3e-4 --steps 35 "
+    f"--max_new_tokens 56 {LONGER} {MOSS} --tools calculator",
 }
 
 
 def run(folder: Path, seed: int, *arguments: str) -> dict:
     """One run of grpo.py in a process of its own; its summary."""
     command = [sys.executable, str(ROOT / "grpo.py"), "--out", str(folder), "--seed", str(seed)]
-    command += "--preset tiny --device cpu --save_every 0 --eval_every 0 --log_every 1".split()
+    command += "--preset tiny --device cpu --save_every 0 --eval_every 0".split()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -52,10 +53,10 @@ def rows(experiment: str, seed: int, folder: Path) -> dict[str, dict]:
     arguments = shlex.split(EXPERIMENTS[experiment])
     first = run(folder / "grpo", seed, *arguments)
     found = {"demonstrations + GRPO": first}
-    if experiment == "calculator":
+    if experiment == "calculator":  # [:-2]: all but --tools calculator
         without = [*arguments[:-2], "--init_from", str(folder / "grpo/model")]
         found["  the same, calculator off"] = run(folder / "off", seed, *without, *EVALUATE)
-    else:
+    elif experiment in ("sorting", "countdown"):
         start = ["--init_from", str(folder / "grpo/start"), "--shuffle_rewards"]
         found["  rewards shuffled"] = run(folder / "shuffled", seed, *arguments, *start)
     name = "demonstrations, same time"
@@ -116,8 +117,7 @@ def main() -> None:
         for name, summaries in found.items():
             show(name, "mean", summaries)
         if options.picture:
-            last = Path(folder, str(options.seeds[-1]))
-            runs = {"GRPO": last / "grpo", "rewards shuffled": last / "shuffled"}
+            runs = {f"seed {seed}": Path(folder, str(seed), "grpo") for seed in options.seeds}
             draw(runs, ROOT / f"docs/grpo_{options.experiment}.png")
 
 

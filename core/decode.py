@@ -8,6 +8,7 @@ written for that case: same weights, same results, a third of the operations.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 
 import torch
 import torch.nn.functional as F
@@ -71,9 +72,15 @@ class Prefill:
         if self.past:
             k, v = (torch.cat(pair, dim=1) for pair in zip(self.past[layer], (k, v), strict=True))
         self.layers.append((k, v))
-        queries = q.split([length - self.known for length in self.lengths], dim=1)
-        each = zip(queries, *(x.split(self.lengths, dim=1) for x in (k, v)), strict=True)
-        outs = [attention(*qkv, bounds=self.bounds.get(qkv[0].shape[1])) for qkv in each]
+        outs, start = [], 0
+        for length, equal in groupby(self.lengths):  # neighbours of one length are a batch
+            end = start + length * len(list(equal))
+            new = length - self.known
+            queries = q[:, start : end - self.known].view(-1, new, *q.shape[2:])
+            keys, values = (x[:, start:end].view(-1, length, *x.shape[2:]) for x in (k, v))
+            out = attention(queries, keys, values, bounds=self.bounds.get(new))
+            outs.append(out.reshape(1, -1, *q.shape[2:]))
+            start = end
         return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
 
 
@@ -95,14 +102,19 @@ class Cache:
         # Where the first place of each slot and head is in the flattened cache.
         self.starts = torch.arange(slots * shape[1], device=self.columns.device).view(slots, -1) * capacity
 
-    def insert(self, slot: int, prefill: Prefill, row: int) -> None:
-        """Copy the last positions of a prefilled prompt into a slot."""
-        begin, length = sum(prefill.lengths[:row]), prefill.lengths[row]
-        first = max(0, length - self.capacity)
-        places = torch.arange(first, length, device=self.columns.device) % self.capacity
+    def insert(self, slots: list[int], prefill: Prefill, rows: list[int]) -> None:
+        """Copy the last positions of prefilled prompts into slots."""
+        ends = list(accumulate(prefill.lengths))
+        sources, targets = [], []  # of positions: where they are in the prefill, and where their heads go
+        for slot, row in zip(slots, rows, strict=True):
+            length = prefill.lengths[row]
+            positions = torch.arange(max(0, length - self.capacity), length, device=self.columns.device)
+            sources.append(positions + (ends[row] - length))
+            targets.append(self.starts[slot] + (positions % self.capacity)[:, None])
+        source, target = torch.cat(sources), torch.cat(targets).flatten()
         for own, (k, v) in zip(self.layers, prefill.layers, strict=True):
-            for new, heads in zip((k, v), own[slot].chunk(2), strict=True):
-                heads.index_copy_(1, places, new[0, begin + first : begin + length].transpose(0, 1))
+            new = torch.cat((k[0], v[0]), dim=1)[source]  # [positions, 2 KV, D]
+            own.view(-1, own.shape[-1]).index_copy_(0, target, new.flatten(0, 1))
 
     def move(self, source: int, target: int) -> None:
         """Copy a slot over another."""

@@ -90,18 +90,20 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
     return logits.log_softmax(-1)
 
 
-def uniforms(seed: int, prompt: int, sample: int, count: int) -> Tensor:
-    """The first numbers of a sample's stream, in (0, 1), float64 [count] (SplitMix64, Steele et al. 2014).
+def uniforms(seed: int, samples: list[tuple[int, int]], count: int) -> Tensor:
+    """The first numbers of the streams of some (prompt, sample), in (0, 1), float64 [samples, count]
+    (SplitMix64, Steele et al. 2014).
 
     In int64 arithmetic, which wraps; the constants are its three odd 64-bit ones, written as signed numbers.
     """
-    digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
-    start = int.from_bytes(digest, "little", signed=True)
+    names = (f"{seed}/{prompt}/{sample}".encode() for prompt, sample in samples)
+    digests = (hashlib.blake2b(name, digest_size=8).digest() for name in names)
+    starts = torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
 
     def shifted(x: Tensor, bits: int) -> Tensor:
         return (x >> bits) & ((1 << (64 - bits)) - 1)
 
-    z = start + torch.arange(1, count + 1) * -7046029254386353131
+    z = starts[:, None] + torch.arange(1, count + 1) * -7046029254386353131
     z = (z ^ shifted(z, 30)) * -4658895280553007687
     z = (z ^ shifted(z, 27)) * -7723592293110705685
     return (shifted(z ^ shifted(z, 31), 11).double() + 0.5) * 2.0**-53
@@ -222,19 +224,25 @@ class Batch:
         missing = {self.same[p] for p, _ in new} - self.prefilled.keys()
         self.prefill(sorted(missing, key=lambda p: len(self.prompts[p])))
         rows = free[: len(new)]
+        together: dict[Prefill, list[tuple[int, int]]] = {}  # slots and their prompts' lines in a prefill
         for row, (p, s) in zip(rows, new, strict=True):
             prefill, line, _ = self.prefilled[self.same[p]]
+            together.setdefault(prefill, []).append((row, line))
             length = len(self.prompts[p])
             self.slots[row] = Slot(p, s, length, min(length + self.max_new_tokens, self.limit))
-            self.decoder.cache.insert(row, prefill, line)
-            self.positions[row], self.steps[row] = length, 0
-            self.uniforms[row] = uniforms(self.seed, p // self.sides, s, self.uniforms.shape[1])
             if self.seen is not None:
                 self.seen[row] = False
                 words = [token for token in self.prompts[p] if token != PATCH]
                 self.seen[row, torch.tensor(words, device=self.device)] = True
+        for prefill, pairs in together.items():
+            self.decoder.cache.insert([row for row, _ in pairs], prefill, [line for _, line in pairs])
+        index = torch.tensor(rows, device=self.device)
+        self.positions[index] = torch.tensor([len(self.prompts[p]) for p, _ in new], device=self.device)
+        self.steps[index] = 0
+        streams = uniforms(self.seed, [(p // self.sides, s) for p, s in new], self.uniforms.shape[1])
+        self.uniforms[index] = streams.to(self.device)
         logits = torch.stack([self.prefilled[self.same[p]][2] for p, _ in new])
-        tokens, logprobs = self.draw(logits, torch.tensor(rows, device=self.device))
+        tokens, logprobs = self.draw(logits, index)
         waiting = {self.same[p] for p, _ in self.queue}
         self.prefilled = {p: entry for p, entry in self.prefilled.items() if p in waiting}
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):

@@ -1,6 +1,7 @@
 """Completions as training data: dealt to processes, padded into batches, counted for the log."""
 
 import contextlib
+import itertools
 import json
 import math
 import time
@@ -10,10 +11,12 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from core.generate import Completion
 from core.run import Run, peak_memory_bytes
+from kernels import attention, make_bounds
 from model import Transformer
 
 IGNORE = -100  # a target that is not in the loss
@@ -59,7 +62,7 @@ class Episode:
 
 @dataclass
 class Micro:
-    """Some episodes side by side, padded on the right, where causal order hides it. All [n, T]."""
+    """Some episodes side by side, padded on the right. All [n, T] unless said otherwise."""
 
     tokens: Tensor
     targets: Tensor  # the next token where the model wrote it, else -100
@@ -68,41 +71,90 @@ class Micro:
     reference: Tensor
     weights: Tensor  # of each target in the loss
     advantages: Tensor  # [n, 1]
+    row: "SharedPrompts"
+
+    def logprobs(self, model: Transformer, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the targets and entropies where they are drawn, 0 elsewhere; see model.py."""
+        self.row.window = model.config.sliding_window
+        read = [x.flatten()[None, self.row.cells] for x in (self.tokens, self.targets)]
+        positions = self.row.cells % self.tokens.shape[1]
+        found = model.logprobs(*read, None, positions, temperature, cache=self.row)
+        logprobs, entropy = (x[0, self.row.places] * (self.targets != IGNORE) for x in found)
+        return logprobs, entropy
+
+
+class SharedPrompts:
+    """A table of sequences [n, T] as the model reads it: each prompt once, however many lines begin with it.
+
+    What differs lies end to end in one row, without padding, and only attention sees the table. The last
+    token of a prompt is read for each line, since what is to be predicted there differs.
+    """
+
+    def __init__(self, prompts: list[list[int]], lengths: list[int], device: torch.device) -> None:
+        """lengths: of the lines, as they are read."""
+        n, width = len(prompts), max(lengths)
+        places = torch.zeros(n, width, dtype=torch.long)
+        cells: list[int] = []
+        starts: dict[tuple, int] = {}  # of each prompt in the row
+        for line, (prompt, length) in enumerate(zip(map(tuple, prompts), lengths, strict=True)):
+            begin, end = line * width, len(prompt) - 1
+            if prompt not in starts:
+                starts[prompt] = len(cells)
+                cells += range(begin, begin + end)
+            places[line, :end] = torch.arange(end) + starts[prompt]
+            places[line, end:length] = torch.arange(length - end) + len(cells)
+            cells += range(begin + end, begin + length)
+        self.places = places.to(device)  # where in the row each cell of the table is; anywhere for padding
+        self.cells = torch.tensor(cells, device=device)  # [row] the inverse: the cell, counted line by line
+        self.window = 0
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The model's attention over [1, row, heads, D]: to the table, and back."""
+        # F.embedding is x[0, places] with a quicker gradient.
+        tables = [F.embedding(self.places, x[0].flatten(1)).unflatten(-1, x.shape[2:]) for x in (q, k, v)]
+        bounds = make_bounds(self.places.shape[1], self.window, device=q.device) if self.window else None
+        return attention(*tables, bounds).flatten(0, 1)[None, self.cells]
 
 
 def make_micro(episodes: list[Episode], weights: list[float], device: torch.device) -> Micro:
     width = max(episode.length for episode in episodes) - 1
-    tokens = torch.zeros(len(episodes), width, dtype=torch.long)
-    targets = torch.full((len(episodes), width), IGNORE)
-    values = torch.zeros(4, len(episodes), width)  # sampled, old, reference, weights
-    for row, (episode, weight) in enumerate(zip(episodes, weights, strict=True)):
-        ids = torch.tensor(episode.prompt + episode.tokens)
-        tokens[row, : len(ids) - 1] = ids[:-1]
-        place = slice(len(episode.prompt) - 1, len(ids) - 1)
-        own = torch.tensor(episode.own)
-        targets[row, place] = torch.where(own, ids[len(episode.prompt) :], IGNORE)
-        for value, given in zip(values[:3], (episode.logprobs, episode.old, episode.reference), strict=True):
-            if given:
-                value[row, place] = torch.tensor(given)
-        values[3, row, place] = own * weight
-    advantages = torch.tensor([[episode.advantage] for episode in episodes])
-    placed = [x.to(device) for x in (tokens, targets, *values, advantages)]
-    return Micro(*placed)
+
+    def table(name: str, fill: float = 0.0) -> Tensor:
+        """Something that an episode has of each of its tokens, where that token is the target."""
+        rows = ([fill] * (len(e.prompt) - 1) + (getattr(e, name) or [fill] * len(e.tokens)) for e in episodes)
+        return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+
+    inputs = [(e.prompt + e.tokens)[:-1] for e in episodes]
+    own = table("own", False)
+    tables = (
+        torch.tensor([row + [0] * (width - len(row)) for row in inputs]),
+        table("tokens", IGNORE).where(own, IGNORE),
+        *map(table, ("logprobs", "old", "reference")),
+        own * torch.tensor(weights)[:, None],
+        torch.tensor([[episode.advantage] for episode in episodes]),
+    )
+    row = SharedPrompts([e.prompt for e in episodes], list(map(len, inputs)), device)
+    return Micro(*(value.to(device) for value in tables), row)
 
 
 def deal(episodes: list[Episode], budget: int, run: Run) -> list[list[Episode]]:
     """This process's share, as micro-batches of at most `budget` tokens, padding included.
 
-    Episodes of like length go together. Every process gets the same number of micro-batches, some perhaps
-    empty, since each forward of a sharded model must be made by all.
+    Episodes of a prompt go together, and groups of like length. Every process gets the same number of
+    micro-batches, some perhaps empty, since each forward of a sharded model must be made by all.
     """
-    ordered = sorted(episodes, key=lambda episode: -episode.length)
+    groups: dict[tuple, list[Episode]] = {}
+    for episode in sorted(episodes, key=lambda episode: -episode.length):
+        groups.setdefault(tuple(episode.prompt), []).append(episode)
     shares = []
     for rank in range(run.world_size):
         rows: list[list[Episode]] = []
-        for episode in ordered[rank :: run.world_size]:
-            if not rows or (len(rows[-1]) + 1) * rows[-1][0].length > budget:
+        longest = 0
+        for episode in itertools.chain(*list(groups.values())[rank :: run.world_size]):
+            longest = max(longest, episode.length)
+            if not rows or (len(rows[-1]) + 1) * longest > budget:
                 rows.append([])
+                longest = episode.length
             rows[-1].append(episode)
         shares.append(rows)
     most = max(map(len, shares))
@@ -131,7 +183,7 @@ def score(
     numbers = {id(episode): number for number, episode in enumerate(episodes)}
     for share in deal(episodes, run.config.micro_batch_size * run.config.seq_len, run):
         micro = make_micro(share or episodes[:1], [0.0] * max(1, len(share)), run.device)
-        logprobs, _ = model.logprobs(micro.tokens, micro.targets, temperature=temperature)
+        logprobs, _ = micro.logprobs(model, temperature)
         for row, episode in enumerate(share):
             start = len(episode.prompt) - 1
             found[numbers[id(episode)]] = logprobs[row, start : start + len(episode.tokens)].tolist()
@@ -143,7 +195,7 @@ class Statistics:
     """Sums over the tokens of a rollout's updates, for the log."""
 
     def __init__(self, device: torch.device, has_reference: bool) -> None:
-        names = ["tokens", "cells", "entropy", "clip_low", "clip_high", "ratio", "ratio_square"]
+        names = ["tokens", "read", "entropy", "clip_low", "clip_high", "ratio", "ratio_square"]
         names += ["mismatch", "mismatch_k3"] + ["kl_k1", "kl_k2", "kl_k3"] * has_reference
         # All from the start: a process that gets nothing to do must still take part in the sums.
         self.sums = {name: torch.zeros((), device=device) for name in names}
@@ -173,20 +225,20 @@ class Statistics:
             values |= {"kl_k1": -delta, "kl_k2": 0.5 * delta**2, "kl_k3": delta.exp() - delta - 1}
         for name, value in values.items():
             self.sums[name] += (value * mask).sum()
-        self.sums["cells"] += mask.numel()
+        self.sums["read"] += len(micro.row.cells)
         self.largest = torch.maximum(self.largest, off.abs().max())
 
     def read(self, run: Run) -> dict[str, float]:
         """Means over the tokens of all processes, and over the updates."""
         sums = dict(zip(self.sums, run.sum(*self.sums.values()), strict=True))
-        tokens, cells = max(1.0, sums.pop("tokens")), max(1.0, sums.pop("cells"))
+        tokens, read = max(1.0, sums.pop("tokens")), max(1.0, sums.pop("read"))
         means = {name: value / tokens for name, value in sums.items()}
         means["ratio_variance"] = max(0.0, means.pop("ratio_square") - means["ratio"] ** 2)
         means["mismatch_max"] = max(gather([self.largest.item()], run))
         count = len(self.updates)
         mean = {name: sum(one[name] for one in self.updates) / count for name in ("loss", "grad_norm")}
         last = {name: self.updates[-1][name] for name in ("lr", "skipped")}
-        work = {"padding": 1 - tokens / cells, "updates": count, "trained_tokens": tokens}
+        work = {"not_trained": 1 - tokens / read, "updates": count, "trained_tokens": tokens}
         return {**mean, **last, **means, **work}
 
 

@@ -226,8 +226,8 @@ def test_uniforms_are_splitmix64() -> None:
         return found
 
     start = int.from_bytes(core.generate.hashlib.blake2b(b"3/1/4", digest_size=8).digest(), "little")
-    assert uniforms(3, 1, 4, 50).tolist() == reference(start, 50)
-    many = torch.cat([uniforms(0, p, s, 64) for p in range(10) for s in range(10)])
+    assert uniforms(3, [(1, 4)], 50)[0].tolist() == reference(start, 50)
+    many = uniforms(0, [(p, s) for p in range(10) for s in range(10)], 64).flatten()
     assert 0 < many.min() and many.max() < 1 and len(many.unique()) == len(many)
     assert abs(many.mean() - 0.5) < 5 * math.sqrt(1 / 12 / len(many))
 
