@@ -280,8 +280,7 @@ def repeat(draw: Draw) -> Talk:
     """Numbers and names, said again: what a small model must learn before it can call a tool with them."""
 
     def sample(rng: random.Random) -> tuple:
-        first, last = SYLLABLES[draw.language]
-        names = [rng.choice(first) + rng.choice(last) for _ in range(3)]
+        names = [made_up(draw) for _ in range(3)]
         return tuple(rng.choice((rng.randrange(1000), name)) for name in names[: rng.randint(1, 3)])
 
     words = draw.say(", ", "，").join(map(str, draw.values(sample)))
@@ -416,6 +415,10 @@ def fact_about(place: str, language: str) -> tuple[str, str, str, str, str] | No
     return question, query, document, reply, str(n)
 
 
+def made_up(draw: Draw) -> str:
+    return "".join(draw.rng.choice(part) for part in SYLLABLES[draw.language])
+
+
 def places(language: str) -> list[str]:
     first, last = SYLLABLES[language]
     return [a + b for a in first for b in last]
@@ -467,7 +470,10 @@ def picture(draw: Draw) -> ToolTalk:
 
 PLAIN = {f.__name__: f for f in (arithmetic, dates, units, small_talk, refusal, reference, repeat)}
 WITH_TOOLS = {f.__name__: f for f in (calculation, no_result, equation, search, picture)}
-TIMES = {"repeat": 4, "calculation": 8, "equation": 3, "search": 4, "picture": 3}  # the rest once; tools on
+TIMES = {  # the rest once; tools on
+    "dates": 2, "units": 2, "small_talk": 3, "reference": 3, "repeat": 3,
+    "calculation": 6, "equation": 2, "search": 4, "picture": 2,
+}  # fmt: skip
 TOOL_OF = {
     "calculation": "Calculate",
     "no_result": "Calculate",
@@ -498,8 +504,8 @@ def shown(command: tools.Command, found: list[str]) -> str:
 
 
 def exchange(draw: Draw, kind: str, enabled: set[str]) -> Example:
-    """A question and its reply where these tools are on. A sum is done by the calculator or else in the head;
-    a question for another tool that is off is declined."""
+    """A question and its reply where these tools are on: one whose tool is off is declined. Only the sums of
+    `arithmetic` are done in the head, where there is no calculator."""
     if kind == "arithmetic" and "Calculate" in enabled:
         kind = "calculation"
     needed, found, fields = None, [], {}
@@ -516,9 +522,8 @@ def exchange(draw: Draw, kind: str, enabled: set[str]) -> Example:
     elif enabled:
         fields = {"thoughts": THOUGHTS["off" if needed else ""][number]}
     if needed and needed.name not in enabled:
-        if kind not in ("calculation", "equation"):
-            answer = draw.say("switched off", "已关闭")
-            reply = draw.say(f"I cannot do that: the tool is {answer}.", f"我做不到，所需的工具{answer}。")
+        answer = draw.say("switched off", "已关闭")
+        reply = draw.say(f"I cannot do that: the tool is {answer}.", f"我做不到，所需的工具{answer}。")
         kind, needed = f"{kind}, tool off", None
     turns = [{**turn, **fields} if turn["role"] == "assistant" else turn for turn in turns]
     return Example(kind, [*turns, assistant(reply, **fields)], answer, needed)
@@ -541,7 +546,7 @@ def generate(
     examples = []
     for number in range(count):
         kind, on = kinds[number % len(kinds)]
-        enabled = {name for name in tools.TOOLS if with_tools and rng.random() < 0.25}
+        enabled = {name for name in tools.TOOLS if with_tools and rng.random() < 0.5}
         if kind in WITH_TOOLS:
             enabled = enabled | {TOOL_OF[kind]} if on else enabled - {TOOL_OF[kind]}
         elif kind == "arithmetic":
@@ -555,26 +560,34 @@ def generate(
     return examples
 
 
-def quotes(count: int, seed: int = 0) -> list[str]:
-    """Words in no order with a number among them, and that number quoted: only copying can be learnt here."""
+Line = list[tuple[str, bool]]  # pieces of text, and whether they are trained
+
+
+def quotes(count: int, seed: int = 0) -> list[Line]:
+    """Words in no order with a number or a name among them, said again: only copying can be learnt here."""
     rng = random.Random(f"{seed}/quotes")
-    words = sorted({word for line in bare_lines(1000, seed) for word in re.findall(r"[^\W\d_]+", line)})
+    texts = [text for line in bare_lines(1000, seed) for text, trained in line if not trained]
+    words = sorted({word for text in texts for word in re.findall(r"[a-z]+|[\u4e00-\u9fff]{1,3}", text)})
     lines = []
     for _ in range(count):
+        draw = Draw(rng, "train", rng.choice(("en", "zh")))
         number = "".join(rng.choices("0123456789", k=rng.randint(1, 4)))
-        lines.append(f'{" ".join(rng.choices(words, k=rng.randint(2, 6)))} {number}? ("{number}")\n')
+        said = rng.choice((number, number, made_up(draw), rng.choice(NAMES[draw.language])))
+        around = " ".join(rng.choices(words, k=rng.randint(2, 6)))
+        lines.append([(f"{around} {said}?", False), (f" {said}\n", True)])
     return lines
 
 
-def bare_lines(count: int, seed: int = 0) -> list[str]:
-    """Training conversations that calculate or solve: question, command, result and answer, nothing else."""
+def bare_lines(count: int, seed: int = 0) -> list[Line]:
+    """Training conversations without openings, headers and thoughts: what is asked, and what is written."""
     lines = []
     for example in generate(count, "train", seed):
-        if example.command and example.command.name in ("Calculate", "Solve"):
-            turns = [
-                turn.get(part) for turn in example.messages[1:] for part in ("commands", "results", "content")
-            ]
-            lines.append("\n".join(filter(None, turns)) + "\n")
+        if not example.kind.endswith("tool off"):  # that is told by the opening
+            line = []
+            for turn in example.messages[1:]:
+                parts = (turn.get(part) for part in ("commands", "results", "content"))
+                line.append(("\n".join(filter(None, parts)) + "\n", turn["role"] == "assistant"))
+            lines.append(line)
     return lines
 
 
