@@ -51,7 +51,7 @@ class Config(RunConfig):
     val_fraction: float = 0.02  # that part
     examples: int = 6000  # generated conversations, where there is no --data
     questions: int = 1  # in each of them
-    quoting: float = 0.0  # of generated data: share of the steps, the first, that learn to copy numbers and names
+    quoting: float = 0.0  # of generated data: share of the steps, the first, that only copy numbers and names
     bare: float = 0.0  # share of the steps, the next, on questions, commands and answers without the format
     skip_bad: bool = False  # count unreadable records instead of stopping
     keep_noisy: bool = False  # train on malformed commands and citations of missing results too

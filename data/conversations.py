@@ -481,14 +481,13 @@ TOOL_OF = {
     "search": "Search",
     "picture": "Text2Image",
 }
-THOUGHTS = {  # tool: English, Chinese
-    "Calculate": ("I need the calculator.", "需要用计算器。"),
-    "Solve": ("I need the equation solver.", "需要解方程。"),
-    "Search": ("I need to search.", "需要搜索。"),
-    "Text2Image": ("I need to draw.", "需要画图。"),
-    "": ("No tool is needed.", "不需要工具。"),
-    "off": ("The tool for this is off.", "所需的工具已关闭。"),
-}
+
+
+def thought(draw: Draw, needed: str, enabled: set[str]) -> str:
+    """The tool that a question needs and its switch, as the opening has it: what is read there decides."""
+    if not needed:
+        return draw.say("No tool is needed.", "不需要工具。")
+    return f"{tools.TOOLS[needed].title}: {'enabled' if needed in enabled else 'disabled'}."
 
 
 def shown(command: tools.Command, found: list[str]) -> str:
@@ -513,14 +512,11 @@ def exchange(draw: Draw, kind: str, enabled: set[str]) -> Example:
         turns, reply, answer = PLAIN[kind](draw)
     else:
         (turns, reply, answer), needed, found = WITH_TOOLS[kind](draw)
-    number = draw.language == "zh"
+    if enabled:
+        fields = {"thoughts": thought(draw, needed.name if needed else "", enabled)}
     if needed and needed.name in enabled:
-        called = f'{needed.name}("{needed.argument}")'
-        fields = {"thoughts": THOUGHTS[needed.name][number], "commands": called}
-        fields["results"] = shown(needed, found)
+        fields |= {"commands": f'{needed.name}("{needed.argument}")', "results": shown(needed, found)}
         kind += ", nothing found" * (kind == "search" and not found)
-    elif enabled:
-        fields = {"thoughts": THOUGHTS["off" if needed else ""][number]}
     if needed and needed.name not in enabled:
         answer = draw.say("switched off", "已关闭")
         reply = draw.say(f"I cannot do that: the tool is {answer}.", f"我做不到，所需的工具{answer}。")
