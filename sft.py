@@ -34,7 +34,7 @@ from core.parallel import new_model, unsharded
 from core.resume import Checkpointer
 from core.run import Run, Speedometer, SpikeGuard, due
 from data.chat import HEADERS, ChatFormat, TrainOn, chat_template, fit
-from data.conversations import Example, bare_lines, documents, generate, is_right, quotes
+from data.conversations import Example, Line, bare_lines, documents, generate, is_right, quotes
 from data.packing import Batch, Item, Packer, micro_batches
 from data.readers import Message, read_conversations
 from data.replies import replies
@@ -51,7 +51,7 @@ class Config(RunConfig):
     val_fraction: float = 0.02  # that part
     examples: int = 6000  # generated conversations, where there is no --data
     questions: int = 1  # in each of them
-    quoting: float = 0.0  # of generated data: share of the steps, the first, that learn to copy numbers
+    quoting: float = 0.0  # of generated data: share of the steps, the first, that only copy numbers and names
     bare: float = 0.0  # share of the steps, the next, on questions, commands and answers without the format
     skip_bad: bool = False  # count unreadable records instead of stopping
     keep_noisy: bool = False  # train on malformed commands and citations of missing results too
@@ -70,7 +70,7 @@ class Config(RunConfig):
     dim: int = 96
     heads: int = 3
     vocab_size: int = 700
-    eval_examples: int = 99  # generated questions asked before and after, in each held-out split
+    eval_examples: int = 136  # generated questions asked before and after, in each held-out split
     samples: int = 3  # validation prompts answered in the log
 
     def __post_init__(self) -> None:
@@ -90,9 +90,9 @@ class Config(RunConfig):
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        examples=14_000, quoting=0.12, bare=0.42, steps=800, seq_len=384, batch_size=16, optimizer="muon",
-        lr=8e-3, min_lr=1e-4, warmup_steps=20, weight_decay=0.01, log_every=50, eval_every=400,
-        save_every=400,
+        examples=4000, questions=3, quoting=0.15, bare=0.38, steps=1400, seq_len=640, batch_size=5,
+        optimizer="muon", lr=8e-3, min_lr=1e-4, warmup_steps=20, weight_decay=0.01, log_every=50,
+        eval_every=700, save_every=700,
     ),
     "small": dict(
         examples=40_000, epochs=3, seq_len=2048, batch_size=128, micro_batch_size=8, lr=1e-4, min_lr=1e-5,
@@ -164,8 +164,8 @@ def load_data(config: Config, run: Run) -> Data:
     questions, lessons = {}, []
     if not config.data:
         made = (
-            (config.quoting, quotes(20_000, config.seed), 8),
-            (config.bare, bare_lines(config.examples), 3),
+            (config.quoting, quotes(20_000, config.seed), 12),
+            (config.bare, bare_lines(config.examples * config.questions, config.seed), 6),
         )
         lessons = [(share, plain(tokenizer, lines, times, config)) for share, lines, times in made if share]
         count, seed, with_tools = config.eval_examples, config.seed + 1, config.chat_format == "moss"
@@ -174,13 +174,18 @@ def load_data(config: Config, run: Run) -> Data:
     return Data(tokenizer, packer, lessons, val_items, val_talks, questions, counts)
 
 
-def plain(tokenizer: Tokenizer, lines: list[str], times: int, config: Config) -> Packer:
-    """Text whose every token is trained, `times` lines in a document.
+def plain(tokenizer: Tokenizer, lines: list[Line], times: int, config: Config) -> Packer:
+    """Lines of text without a format, `times` of them in a document.
 
     Alone, a line would teach where in it the number stands; among others, that it has to be looked for.
     """
-    texts = ["".join(lines[first : first + times]) for first in range(0, len(lines), times)]
-    items = [Item(np.array(ids, np.int32), np.ones(len(ids), bool)) for ids in tokenizer.encode_many(texts)]
+    items = []
+    for first in range(0, len(lines), times):
+        pieces = [piece for line in lines[first : first + times] for piece in line]
+        parts = tokenizer.encode_many([text for text, _ in pieces])
+        ids = np.array([token for part in parts for token in part], np.int32)
+        mask = np.repeat([trained for _, trained in pieces], [len(part) for part in parts])
+        items.append(Item(ids[: config.seq_len], mask[: config.seq_len]))
     return Packer([(items, 1.0)], config.batch_size, config.seed)
 
 

@@ -4,12 +4,14 @@
 
 BASE is the model folder of `pretrain.py --preset tiny`. For each seed it runs `sft.py --preset tiny`; a seed
 that is finished in --out is not run again. Then the same held-out sums are asked with the calculator on and
-off: what differs is one line of the meta-instruction. Prints the least and the most of the seeds.
+off: what differs is one line of the meta-instruction. With it off, a model should say so rather than guess.
+Prints the least and the most of the seeds.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +59,9 @@ def calculator(folder: Path) -> dict[str, float]:
             found["sums: right command"] = sum(
                 command == [example.command] for command, example in zip(called, examples, strict=True)
             ) / len(called)
+        else:
+            declined = [re.search("switched off|已关闭", reply["content"]) for reply in made]
+            found["sums declined, calculator off"] = sum(map(bool, declined)) / len(declined)
     return found
 
 

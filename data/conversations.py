@@ -280,8 +280,7 @@ def repeat(draw: Draw) -> Talk:
     """Numbers and names, said again: what a small model must learn before it can call a tool with them."""
 
     def sample(rng: random.Random) -> tuple:
-        first, last = SYLLABLES[draw.language]
-        names = [rng.choice(first) + rng.choice(last) for _ in range(3)]
+        names = [made_up(draw) for _ in range(3)]
         return tuple(rng.choice((rng.randrange(1000), name)) for name in names[: rng.randint(1, 3)])
 
     words = draw.say(", ", "，").join(map(str, draw.values(sample)))
@@ -416,6 +415,10 @@ def fact_about(place: str, language: str) -> tuple[str, str, str, str, str] | No
     return question, query, document, reply, str(n)
 
 
+def made_up(draw: Draw) -> str:
+    return "".join(draw.rng.choice(part) for part in SYLLABLES[draw.language])
+
+
 def places(language: str) -> list[str]:
     first, last = SYLLABLES[language]
     return [a + b for a in first for b in last]
@@ -467,7 +470,10 @@ def picture(draw: Draw) -> ToolTalk:
 
 PLAIN = {f.__name__: f for f in (arithmetic, dates, units, small_talk, refusal, reference, repeat)}
 WITH_TOOLS = {f.__name__: f for f in (calculation, no_result, equation, search, picture)}
-TIMES = {"repeat": 4, "calculation": 8, "equation": 3, "search": 4, "picture": 3}  # the rest once; tools on
+TIMES = {  # the rest once; tools on
+    "dates": 2, "units": 2, "small_talk": 3, "reference": 3, "repeat": 3,
+    "calculation": 6, "equation": 2, "search": 4, "picture": 2,
+}  # fmt: skip
 TOOL_OF = {
     "calculation": "Calculate",
     "no_result": "Calculate",
@@ -475,14 +481,13 @@ TOOL_OF = {
     "search": "Search",
     "picture": "Text2Image",
 }
-THOUGHTS = {  # tool: English, Chinese
-    "Calculate": ("I need the calculator.", "需要用计算器。"),
-    "Solve": ("I need the equation solver.", "需要解方程。"),
-    "Search": ("I need to search.", "需要搜索。"),
-    "Text2Image": ("I need to draw.", "需要画图。"),
-    "": ("No tool is needed.", "不需要工具。"),
-    "off": ("The tool for this is off.", "所需的工具已关闭。"),
-}
+
+
+def thought(draw: Draw, needed: str, enabled: set[str]) -> str:
+    """The tool that a question needs and its switch, as the opening has it: what is read there decides."""
+    if not needed:
+        return draw.say("No tool is needed.", "不需要工具。")
+    return f"{tools.TOOLS[needed].title}: {'enabled' if needed in enabled else 'disabled'}."
 
 
 def shown(command: tools.Command, found: list[str]) -> str:
@@ -498,8 +503,8 @@ def shown(command: tools.Command, found: list[str]) -> str:
 
 
 def exchange(draw: Draw, kind: str, enabled: set[str]) -> Example:
-    """A question and its reply where these tools are on. A sum is done by the calculator or else in the head;
-    a question for another tool that is off is declined."""
+    """A question and its reply where these tools are on: one whose tool is off is declined. Only the sums of
+    `arithmetic` are done in the head, where there is no calculator."""
     if kind == "arithmetic" and "Calculate" in enabled:
         kind = "calculation"
     needed, found, fields = None, [], {}
@@ -507,18 +512,14 @@ def exchange(draw: Draw, kind: str, enabled: set[str]) -> Example:
         turns, reply, answer = PLAIN[kind](draw)
     else:
         (turns, reply, answer), needed, found = WITH_TOOLS[kind](draw)
-    number = draw.language == "zh"
+    if enabled:
+        fields = {"thoughts": thought(draw, needed.name if needed else "", enabled)}
     if needed and needed.name in enabled:
-        called = f'{needed.name}("{needed.argument}")'
-        fields = {"thoughts": THOUGHTS[needed.name][number], "commands": called}
-        fields["results"] = shown(needed, found)
+        fields |= {"commands": f'{needed.name}("{needed.argument}")', "results": shown(needed, found)}
         kind += ", nothing found" * (kind == "search" and not found)
-    elif enabled:
-        fields = {"thoughts": THOUGHTS["off" if needed else ""][number]}
     if needed and needed.name not in enabled:
-        if kind not in ("calculation", "equation"):
-            answer = draw.say("switched off", "已关闭")
-            reply = draw.say(f"I cannot do that: the tool is {answer}.", f"我做不到，所需的工具{answer}。")
+        answer = draw.say("switched off", "已关闭")
+        reply = draw.say(f"I cannot do that: the tool is {answer}.", f"我做不到，所需的工具{answer}。")
         kind, needed = f"{kind}, tool off", None
     turns = [{**turn, **fields} if turn["role"] == "assistant" else turn for turn in turns]
     return Example(kind, [*turns, assistant(reply, **fields)], answer, needed)
@@ -541,7 +542,7 @@ def generate(
     examples = []
     for number in range(count):
         kind, on = kinds[number % len(kinds)]
-        enabled = {name for name in tools.TOOLS if with_tools and rng.random() < 0.25}
+        enabled = {name for name in tools.TOOLS if with_tools and rng.random() < 0.5}
         if kind in WITH_TOOLS:
             enabled = enabled | {TOOL_OF[kind]} if on else enabled - {TOOL_OF[kind]}
         elif kind == "arithmetic":
@@ -555,26 +556,34 @@ def generate(
     return examples
 
 
-def quotes(count: int, seed: int = 0) -> list[str]:
-    """Words in no order with a number among them, and that number quoted: only copying can be learnt here."""
+Line = list[tuple[str, bool]]  # pieces of text, and whether they are trained
+
+
+def quotes(count: int, seed: int = 0) -> list[Line]:
+    """Words in no order with a number or a name among them, said again: only copying can be learnt here."""
     rng = random.Random(f"{seed}/quotes")
-    words = sorted({word for line in bare_lines(1000, seed) for word in re.findall(r"[^\W\d_]+", line)})
+    texts = [text for line in bare_lines(1000, seed) for text, trained in line if not trained]
+    words = sorted({word for text in texts for word in re.findall(r"[a-z]+|[\u4e00-\u9fff]{1,3}", text)})
     lines = []
     for _ in range(count):
+        draw = Draw(rng, "train", rng.choice(("en", "zh")))
         number = "".join(rng.choices("0123456789", k=rng.randint(1, 4)))
-        lines.append(f'{" ".join(rng.choices(words, k=rng.randint(2, 6)))} {number}? ("{number}")\n')
+        said = rng.choice((number, number, made_up(draw), rng.choice(NAMES[draw.language])))
+        around = " ".join(rng.choices(words, k=rng.randint(2, 6)))
+        lines.append([(f"{around} {said}?", False), (f" {said}\n", True)])
     return lines
 
 
-def bare_lines(count: int, seed: int = 0) -> list[str]:
-    """Training conversations that calculate or solve: question, command, result and answer, nothing else."""
+def bare_lines(count: int, seed: int = 0) -> list[Line]:
+    """Training conversations without openings, headers and thoughts: what is asked, and what is written."""
     lines = []
     for example in generate(count, "train", seed):
-        if example.command and example.command.name in ("Calculate", "Solve"):
-            turns = [
-                turn.get(part) for turn in example.messages[1:] for part in ("commands", "results", "content")
-            ]
-            lines.append("\n".join(filter(None, turns)) + "\n")
+        if not example.kind.endswith("tool off"):  # that is told by the opening
+            line = []
+            for turn in example.messages[1:]:
+                parts = (turn.get(part) for part in ("commands", "results", "content"))
+                line.append(("\n".join(filter(None, parts)) + "\n", turn["role"] == "assistant"))
+            lines.append(line)
     return lines
 
 

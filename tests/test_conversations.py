@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from core import tools
-from data.conversations import PLAIN, WITH_TOOLS, Example, documents, generate, is_right
+from data.conversations import PLAIN, TOOL_OF, WITH_TOOLS, Example, documents, generate, is_right
 from data.readers import check, noise
 
 
@@ -102,8 +102,8 @@ def test_held_out_values_and_templates(examples: dict[str, list[Example]]) -> No
 def test_tools_that_are_off_are_not_used_and_the_reply_says_so(examples: dict[str, list[Example]]) -> None:
     for example in examples["train"]:
         meta, last = example.messages[0]["content"], example.messages[-1]
-        if example.kind in ("search, tool off", "picture, tool off"):
-            name = "Search" if example.kind.startswith("search") else "Text2Image"
+        if example.kind.endswith(", tool off"):
+            name = TOOL_OF[example.kind.removesuffix(", tool off")]
             assert f"API: {name}(" not in meta and "commands" not in last
             assert re.search("switched off|已关闭", last["content"])
         if example.kind == "search, nothing found":

@@ -25,7 +25,7 @@ from tests.conftest import ROOT, run_processes
 SHAPE = "--layers 1 --dim 32 --heads 2 --vocab_size 500".split()
 RUN = "--device cpu --seq_len 384 --batch_size 8 --micro_batch_size 4 --steps 6 --lr 1e-2".split()
 RUN += "--optimizer adamw --warmup_steps 2 --min_lr 0 --schedule cosine".split()
-SMALL = "--examples 60 --quoting 0 --bare 0 --eval_examples 12 --samples 1".split()
+SMALL = "--examples 60 --questions 1 --quoting 0 --bare 0 --eval_examples 20 --samples 1".split()
 SMALL += "--eval_every 0 --save_every 2 --log_every 1".split()
 FAST = [*SHAPE, *RUN, *SMALL]
 
@@ -193,8 +193,8 @@ def test_golden_trajectory(tmp_path: Path) -> None:
 
 
 GOLDEN = [
-    6.7568, 6.6358, 6.0737, 6.0446, 6.0151, 5.6049, 5.4065, 4.9768, 4.6542, 4.2948,
-    4.8284, 4.1214, 4.935, 3.9866, 4.157, 4.5644, 3.8123, 3.9265, 4.1133, 3.5424,
+    6.7652, 6.4768, 6.1982, 6.2255, 5.818, 5.3313, 5.6244, 5.1278, 4.3626, 4.4304,
+    4.5122, 4.7655, 4.1612, 3.8709, 4.2994, 3.6621, 3.5262, 3.4842, 4.37, 3.9778,
 ]  # fmt: skip
 
 
@@ -236,11 +236,11 @@ def test_every_epoch_visits_each_source_by_its_weight() -> None:
 
 
 def test_bare_lines_come_first(tmp_path: Path) -> None:
-    """Copying before the format: the first steps train every token of short lines without control tokens."""
+    """Copying before the format: the first steps train most tokens of short lines without openings."""
     run(tmp_path / "a", "--bare", "0.5")
     records = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     share = {r["step"]: r["trained_tokens"] / r["tokens"] for r in records if "tokens" in r}
-    assert share[3] > 0.9 and share[6] < share[3]  # the two are sums over all steps so far
+    assert share[3] > 0.5 and share[6] < share[3]  # the two are sums over all steps so far
 
 
 def test_quality_tags(tmp_path: Path) -> None:
