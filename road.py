@@ -68,7 +68,7 @@ STAGES = (
     Stage("towers", "two small vision encoders, on drawn scenes",
           "vlm.py {run} --stage towers", minutes=1.5),
     Stage("instruct", "the base model, on generated conversations in English and Chinese, with tools",
-          "sft.py {run} --init_from {road}/base/model", ("base",), minutes=6),
+          "sft.py {run} --init_from {road}/base/model", ("base",), minutes=9),
     Stage("pairs", "pairs of the instruct model's own answers, told apart by rules that check them",
           "data/pairs.py --model {road}/instruct/model --prompts conversations --count 400 "
           "--max_new_tokens 64 --seed {seed} --out {out}", ("instruct",), minutes=1.5),
