@@ -126,8 +126,8 @@ MOXIN: dict[str, Any] = dict(
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours, for one thread of a laptop: one update a rollout, no completion scored twice.
     "tiny": dict(lr=6e-4, warmup_steps=20, schedule="linear", weight_decay=0.0, seq_len=64,
-        micro_batch_size=32, max_new_tokens=10, warm_steps=165, warm_batch=16, steps=175, log_every=5,
-        eval_every=35, save_every=35),
+        micro_batch_size=32, max_new_tokens=10, warm_steps=165, warm_batch=16, steps=240, log_every=5,
+        eval_every=40, save_every=40),
     # Ours, for one GPU: a model of some 11 M parameters, taught and trained in minutes.
     "small": dict(data=("countdown", "steps"), dim=384, layers=6, heads=6, warm_steps=2000, warm_batch=256,
         warm_lr=1e-3, lr=1e-4, warmup_steps=10, schedule="linear", weight_decay=0.0, prompts=128,

@@ -8,14 +8,15 @@ demonstrations and of reinforcement, evaluation not counted. Experiments:
     sorting      sort 8 digits
     countdown    reach a number with three others; held out by numbers and target
     steps        the last digit after five operations, with thoughts; one control is shown answers alone
-    calculator   products of two three-digit numbers with the calculator; then the same model without it
+    calculator   products of numbers of two or three digits with the calculator; then the same model without it
 
-Controls: the same start with rewards given to the wrong completions (sorting, countdown), and a new model
-taught by demonstrations for as long as the first row took in all.
+Controls: the same start with rewards given to the wrong completions, and a new model taught by demonstrations
+for at least 0.95 of the processor time that the first row took in all.
 """
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -29,10 +30,10 @@ MOSS = "--chat_format moss --vocab_size 420 --system 'Calculator: enabled. API: 
 LONGER = "--prompts 16 --batch_size 128 --seq_len 128 --eval_problems 100"  # answers, so fewer of them
 EXPERIMENTS = {  # arguments of grpo.py
     "sorting": "",
-    "countdown": "--data countdown --warm_batch 64 --warm_steps 250 --max_new_tokens 14 --steps 140",
+    "countdown": "--data countdown --warm_batch 64 --warm_steps 250 --max_new_tokens 14 --steps 220",
     "steps": "--data steps --warm_steps 200 --warm_lr 4e-3 --lr 2e-4 --steps 40 --eval_every 10 "
     f"--max_new_tokens 44 {LONGER}",
-    "calculator": "--data products --warm_steps 260 --lr 3e-4 --steps 35 "
+    "calculator": "--data products --warm_steps 300 --lr 3e-4 --steps 60 "
     f"--max_new_tokens 56 {LONGER} {MOSS} --tools calculator",
 }
 
@@ -56,17 +57,28 @@ def rows(experiment: str, seed: int, folder: Path) -> dict[str, dict]:
     if experiment == "calculator":  # [:-2]: all but --tools calculator
         without = [*arguments[:-2], "--init_from", str(folder / "grpo/model")]
         found["  the same, calculator off"] = run(folder / "off", seed, *without, *EVALUATE)
-    elif experiment in ("sorting", "countdown"):
-        start = ["--init_from", str(folder / "grpo/start"), "--shuffle_rewards"]
-        found["  rewards shuffled"] = run(folder / "shuffled", seed, *arguments, *start)
+    start = ["--init_from", str(folder / "grpo/start"), "--shuffle_rewards"]
+    found["  rewards shuffled"] = run(folder / "shuffled", seed, *arguments, *start)
     name = "demonstrations, same time"
     if experiment == "steps":
         name, arguments = "answers alone, same time", ["--data", "steps-direct", *arguments[2:]]
-    trial = run(folder / "trial", seed, *arguments, "--warm_steps", "50", *EVALUATE, "--eval_problems", "8")
-    budget = sum(first["cpu_seconds"].values())
-    steps = round(50 * budget / trial["cpu_seconds"]["demonstrations"])
-    found[name] = run(folder / "alone", seed, *arguments, "--warm_steps", str(steps), *EVALUATE)
+    found[name] = for_as_long(sum(first["cpu_seconds"].values()), folder, seed, *arguments)
     return found
+
+
+def for_as_long(budget: float, folder: Path, seed: int, *arguments: str) -> dict:
+    """The summary of a run with so many demonstrations as fill the budget of processor seconds.
+
+    How many that is is known when they have been made, as the machine's speed changes: runs too short are
+    made again with more.
+    """
+    steps, spent = 100, 0.0
+    while spent < 0.95 * budget:
+        words = [*arguments, "--warm_steps", str(steps), *EVALUATE]
+        summary = run(folder / f"alone{steps}", seed, *words)
+        spent = summary["cpu_seconds"]["demonstrations"]
+        steps = math.ceil(steps * budget / spent)
+    return summary
 
 
 def show(name: str, seed: str, summaries: list[dict]) -> None:

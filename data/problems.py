@@ -122,8 +122,12 @@ def steps(rng: random.Random, count: int = 5, thoughts: bool = True) -> Problem:
 
 
 def products(rng: random.Random) -> Problem:
-    """'compute 482*917': beyond a small model, one call for the calculator. Needs the moss format."""
-    left, right = rng.randint(100, 999), rng.randint(100, 999)
+    """'compute 482*917': beyond a small model, one call for the calculator. Needs the moss format.
+
+    Numbers of two or three digits: where all have three, a model learns to copy six digits from a fixed
+    distance and never the seventh part of all results that have five.
+    """
+    left, right = (rng.randint(10, 10 ** rng.randint(2, 3) - 1) for _ in range(2))
     value = str(left * right)
     commands = f'Calculate("{left}*{right}")'
     results = run_commands(commands, ["Calculate"]).text
