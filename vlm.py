@@ -58,7 +58,8 @@ class Config(RunConfig):
     check_data: bool = False  # open every row and picture, report, stop
     optimizer: Literal["adamw", "muon"] = "adamw"
     beta2: float = 0.999  # AdamW's second momentum; PyTorch's default, as in Prismatic
-    scenes: int = 24_000  # drawn pictures to train on
+    scenes: int = 6000  # drawn pictures to train on
+    askings: int = 12  # rows of questions about each, none alike
     objects: int = 3  # most things in one
     turns: int = 7  # questions about each
     eval_rows: int = 900  # held-out rows
@@ -105,12 +106,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         chat_format="pure",
         optimizer="muon",
-        steps=5500,
+        steps=4500,
         seq_len=320,
         batch_size=16,
         micro_batch_size=16,
-        lr=4e-3,
-        min_lr=4e-5,
+        lr=2.5e-3,
+        min_lr=2.5e-5,
         warmup_steps=50,
         weight_decay=0.05,
         beta2=0.95,
@@ -154,7 +155,7 @@ def load_rows(config: Config) -> tuple[Part, dict[str, Part]]:
     """(training rows, held-out rows by name). Of files, the last --eval_rows rows are held out."""
     if config.data == ("scenes",):
         size, most, count, seed = config.image_size, config.objects, config.eval_rows, config.seed
-        train = SceneRows(config.scenes, seed, most, size, config.turns)
+        train = SceneRows(config.scenes, seed, most, size, config.turns, askings=config.askings)
         asked = KINDS[:-1]  # a caption says many things: it has no one right answer
         held_out = {"": SceneRows(count, seed + 1, most, size, kinds=asked)}
         held_out["new_pairs_"] = SceneRows(count // 2, seed + 2, most, size, kinds=asked, held_out=True)

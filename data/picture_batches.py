@@ -193,7 +193,8 @@ class PictureBatches:
 
     def open(self, row: Row) -> Loaded:
         item = self.render(row)
-        numbers = [int(self.first[row.number]) + k for k in range(len(row.pictures))]
+        first = int(self.first[self.rows.shown_by(row.number)])
+        numbers = [first + k for k in range(len(row.pictures))]
         pixels = []
         for number, source in zip(numbers, row.pictures, strict=True):
             known = self.cache is not None and self.cache.known[number]

@@ -254,6 +254,10 @@ class Rows:
         """What row i asks for, in data sets that tell."""
         return ""
 
+    def shown_by(self, i: int) -> int:
+        """The first row that has the pictures of row i: itself, unless rows share them."""
+        return i
+
     def row(self, i: int) -> Row:
         """Row i with its pictures still unopened. Raises BadRow."""
         row = parse_row(self.record(i), self.find)

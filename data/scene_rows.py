@@ -178,8 +178,11 @@ def words_apart(text: str) -> list[str]:
 
 
 class SceneRows(Rows):
-    """Drawn scenes with `turns` questions each, made when they are asked for; row i depends on (seed, i)
-    alone.
+    """Drawn scenes with `turns` questions each, made when they are asked for.
+
+    Row i is about scene i % scenes, which depends on (seed, i % scenes) alone; its questions depend on (seed, i).
+    So `askings` rows share a picture and none its questions: pictures are dear, and a model that has met a
+    question before learns its answer by heart.
 
     The first question goes round the kinds, so that every kind is equally frequent; scenes are drawn until
     one allows it. `held_out` scenes have a pair of colour and shape that the others never show, and the first
@@ -188,7 +191,7 @@ class SceneRows(Rows):
 
     def __init__(
         self,
-        length: int,
+        scenes: int,
         seed: int = 0,
         most: int = 3,
         size: int = 96,
@@ -196,31 +199,37 @@ class SceneRows(Rows):
         kinds: tuple[str, ...] = KINDS,
         held_out: bool = False,
         languages: tuple[Language, ...] = ("en", "zh"),
+        askings: int = 1,
     ) -> None:
-        super().__init__(length, seed)
-        self.most, self.size, self.turns, self.kinds, self.held_out = most, size, turns, kinds, held_out
-        self.languages = languages
+        super().__init__(scenes * askings, seed)
+        self.scenes, self.most, self.size, self.turns = scenes, most, size, turns
+        self.kinds, self.held_out, self.languages = kinds, held_out, languages
 
-    def make(self, i: int) -> tuple[Scene, list[tuple[str, Question]]]:
-        """Scene i and its (kind, question) pairs."""
-        rng = random.Random(f"{self.seed}/{i}")
-        kind, language = self.kinds[i % len(self.kinds)], rng.choice(self.languages)
+    def scene(self, i: int) -> Scene:
+        rng = random.Random(f"{self.seed}/{self.shown_by(i)}")
         while True:
             scene = one_letter(random_scene(rng, rng.randint(1, self.most), text_share=0.25))
-            present = pairs(*scene.items)
-            if bool(present & HELD_OUT) != self.held_out:
-                continue
-            asker = Asker(scene, language, rng)
-            first = getattr(asker, kind)()
-            of_new = self.held_out and kind not in ("digit", "letter")
-            if first is None or of_new and not first.about & HELD_OUT:
-                continue
-            questions = {kind: first}
-            short = [kind for kind in self.kinds if kind != "caption"]  # a caption outweighs all the others
-            for other in rng.sample(short, len(short)):
-                if len(questions) < self.turns and (question := getattr(asker, other)()):
-                    questions.setdefault(other, question)
-            return scene, list(questions.items())
+            allowed = bool(pairs(*scene.items) & HELD_OUT) == self.held_out
+            if allowed and self.fits(i, getattr(Asker(scene, "en", rng), self.kind(i))()):
+                return scene
+
+    def fits(self, i: int, question: Question | None) -> bool:
+        """As the first question of row i."""
+        of_new = self.held_out and self.kind(i) not in ("digit", "letter")
+        return question is not None and (not of_new or bool(question.about & HELD_OUT))
+
+    def make(self, i: int) -> tuple[Scene, list[tuple[str, Question]]]:
+        """Row i's scene and its (kind, question) pairs."""
+        scene, rng = self.scene(i), random.Random(f"{self.seed}/{i}/questions")
+        asker, first = Asker(scene, rng.choice(self.languages), rng), None
+        while not self.fits(i, first):  # it was possible once
+            first = getattr(asker, self.kind(i))()
+        questions = {self.kind(i): first}
+        short = [kind for kind in self.kinds if kind != "caption"]  # a caption outweighs all the others
+        for other in rng.sample(short, len(short)):
+            if len(questions) < self.turns and (question := getattr(asker, other)()):
+                questions.setdefault(other, question)
+        return scene, list(questions.items())
 
     def record(self, i: int) -> Any:
         """As a row of a LLaVA file."""
@@ -231,14 +240,18 @@ class SceneRows(Rows):
         return {"image": str(i), "conversations": turns}
 
     def find(self, name: str) -> Source:
-        return lambda: draw(self.make(int(name))[0], self.size)
+        return lambda: draw(self.scene(int(name)), self.size)
+
+    def shown_by(self, i: int) -> int:
+        return i % self.scenes
 
     def kind(self, i: int) -> str:
-        return self.kinds[i % len(self.kinds)]
+        return self.kinds[self.shown_by(i) % len(self.kinds)]
 
     def fingerprint(self) -> list[Any]:
         return [
             self.seed,
+            self.scenes,
             self.length,
             self.most,
             self.size,
@@ -249,7 +262,7 @@ class SceneRows(Rows):
         ]
 
     def where(self, i: int) -> str:
-        return f"scene {i} of seed {self.seed}"
+        return f"scene {self.shown_by(i)} of seed {self.seed}"
 
 
 if __name__ == "__main__":

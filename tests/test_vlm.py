@@ -543,6 +543,24 @@ def test_scene_questions_have_exact_answers() -> None:
     assert classes.shape == (36, len(CLASSES)) and (classes[:, 0] > 0).sum() == 4 * len(scene.items)
 
 
+def test_scenes_asked_anew_share_their_pictures(tokenizer, tower: VisionTower, tmp_path: Path) -> None:
+    rows = SceneRows(20, seed=4, size=24, turns=3, askings=3)
+    assert len(rows) == 60
+    once = SceneRows(20, seed=4, size=24, turns=3)
+    again = []
+    for i in range(20):
+        (scene, first), (same, second), (third, _) = rows.make(i), rows.make(i + 20), once.make(i)
+        assert scene == same == third and rows.kind(i) == rows.kind(i + 20) == first[0][0] == second[0][0]
+        again.append([question for _, question in first] == [question for _, question in second])
+    assert sum(again) < 5  # a picture with one letter leaves little to ask
+    batches = PictureBatches(rows, tokenizer, tower, "pure", cache=tmp_path / "features")
+    examples = batches.all()
+    assert int(batches.cache.known.sum()) == 20
+    for i in range(20):
+        assert torch.equal(examples[i].features, examples[i + 40].features)
+    assert not torch.equal(examples[0].features, examples[1].features)
+
+
 def test_check_data_reports_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "rows.jsonl").write_text('{"conversations": 3}\n{"image": "no.png"}\n')
     before, sys.argv = sys.argv, ["vlm.py", "--check_data", "--data", str(tmp_path / "rows.jsonl")]
