@@ -8,7 +8,7 @@ demonstrations and of reinforcement, evaluation not counted. Experiments:
     sorting      sort 8 digits
     countdown    reach a number with three others; held out by numbers and target
     steps        the last digit after five operations, with thoughts; one control is shown answers alone
-    calculator   products of numbers of two or three digits with the calculator; then the same model without it
+    calculator   products of numbers of two or three digits with the calculator; the same model without it
 
 Controls: the same start with rewards given to the wrong completions, and a new model taught by demonstrations
 for at least 0.95 of the processor time that the first row took in all.

@@ -180,9 +180,9 @@ def words_apart(text: str) -> list[str]:
 class SceneRows(Rows):
     """Drawn scenes with `turns` questions each, made when they are asked for.
 
-    Row i is about scene i % scenes, which depends on (seed, i % scenes) alone; its questions depend on (seed, i).
-    So `askings` rows share a picture and none its questions: pictures are dear, and a model that has met a
-    question before learns its answer by heart.
+    Row i is about scene i % scenes, which depends on (seed, i % scenes) alone; its questions depend on
+    (seed, i). So `askings` rows share a picture but not its questions: pictures are dear, and a model that
+    meets a question again learns its answer by heart.
 
     The first question goes round the kinds, so that every kind is equally frequent; scenes are drawn until
     one allows it. `held_out` scenes have a pair of colour and shape that the others never show, and the first
