@@ -67,8 +67,8 @@ class Config(RunConfig):
 # fmt: off
 PRESETS = {
     "tiny": dict(
-        model="tiny", steps=600, seq_len=256, batch_size=8, micro_batch_size=8, optimizer="muon",
-        lr=1e-2, min_lr=1e-3, warmup_steps=20, eval_every=200, save_every=200,
+        model="tiny", steps=800, seq_len=256, batch_size=12, micro_batch_size=12, optimizer="muon",
+        lr=5e-3, min_lr=5e-5, warmup_steps=20, eval_every=200, save_every=200,
     ),
     # About 1 B tokens of English, Chinese and code.
     "small": dict(

@@ -34,7 +34,7 @@ from core.parallel import new_model, unsharded
 from core.resume import Checkpointer
 from core.run import Run, Speedometer, SpikeGuard, due
 from data.chat import HEADERS, ChatFormat, TrainOn, chat_template, fit
-from data.conversations import Example, Line, bare_lines, documents, generate, is_right, quotes
+from data.conversations import Example, documents, generate, is_right
 from data.packing import Batch, Item, Packer, micro_batches
 from data.readers import Message, read_conversations
 from data.replies import replies
@@ -51,8 +51,6 @@ class Config(RunConfig):
     val_fraction: float = 0.02  # that part
     examples: int = 6000  # generated conversations, where there is no --data
     questions: int = 1  # in each of them
-    quoting: float = 0.0  # of generated data: share of the steps, the first, that only copy numbers and names
-    bare: float = 0.0  # share of the steps, the next, on questions, commands and answers without the format
     skip_bad: bool = False  # count unreadable records instead of stopping
     keep_noisy: bool = False  # train on malformed commands and citations of missing results too
     chat_format: ChatFormat = "moss"  # tulu or moss
@@ -79,10 +77,6 @@ class Config(RunConfig):
             self.train_on == "assistant" or self.chat_format == "moss",
             "--train_on moss-official needs --chat_format moss",
         )
-        require(
-            min(self.quoting, self.bare) >= 0 and self.quoting + self.bare < 1,
-            "--quoting and --bare are shares of the steps, below 1 in all",
-        )
         require(0 <= self.tag_dropout <= 1, "--tag_dropout must be between 0 and 1")
         require(0 < self.val_fraction < 1, "--val_fraction must be between 0 and 1")
 
@@ -90,9 +84,8 @@ class Config(RunConfig):
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        examples=4000, questions=3, quoting=0.15, bare=0.38, steps=1400, seq_len=640, batch_size=5,
-        optimizer="muon", lr=8e-3, min_lr=1e-4, warmup_steps=20, weight_decay=0.01, log_every=50,
-        eval_every=700, save_every=700,
+        examples=16_000, questions=3, steps=2000, seq_len=640, batch_size=12, optimizer="muon", lr=2.5e-3,
+        min_lr=2.5e-5, warmup_steps=20, weight_decay=0.01, log_every=50, eval_every=500, save_every=500,
     ),
     "small": dict(
         examples=40_000, epochs=3, seq_len=2048, batch_size=128, micro_batch_size=8, lr=1e-4, min_lr=1e-5,
@@ -137,7 +130,6 @@ class Data:
 
     tokenizer: Tokenizer
     packer: Packer
-    lessons: list[tuple[float, Packer]]  # shares of the steps, the first ones, and what they train on
     val_items: list[Item]
     val_talks: list[list[Message]]
     questions: dict[str, list[Example]]  # generated, by held-out split; none with --data
@@ -161,32 +153,12 @@ def load_data(config: Config, run: Run) -> Data:
     )
     tags = [number for name, number in tokenizer.special_tokens.items() if name.startswith("<quality_")]
     packer = Packer(rendered, config.batch_size, config.seed, tuple(tags), config.tag_dropout)
-    questions, lessons = {}, []
+    questions = {}
     if not config.data:
-        made = (
-            (config.quoting, quotes(20_000, config.seed), 12),
-            (config.bare, bare_lines(config.examples * config.questions, config.seed), 6),
-        )
-        lessons = [(share, plain(tokenizer, lines, times, config)) for share, lines, times in made if share]
         count, seed, with_tools = config.eval_examples, config.seed + 1, config.chat_format == "moss"
         questions = {split: generate(count, split, seed, with_tools) for split in ("value", "template")}
     val_items = render_all(val_talks, tokenizer, config)[0]
-    return Data(tokenizer, packer, lessons, val_items, val_talks, questions, counts)
-
-
-def plain(tokenizer: Tokenizer, lines: list[Line], times: int, config: Config) -> Packer:
-    """Lines of text without a format, `times` of them in a document.
-
-    Alone, a line would teach where in it the number stands; among others, that it has to be looked for.
-    """
-    items = []
-    for first in range(0, len(lines), times):
-        pieces = [piece for line in lines[first : first + times] for piece in line]
-        parts = tokenizer.encode_many([text for text, _ in pieces])
-        ids = np.array([token for part in parts for token in part], np.int32)
-        mask = np.repeat([trained for _, trained in pieces], [len(part) for part in parts])
-        items.append(Item(ids[: config.seq_len], mask[: config.seq_len]))
-    return Packer([(items, 1.0)], config.batch_size, config.seed)
+    return Data(tokenizer, packer, val_items, val_talks, questions, counts)
 
 
 Sources = list[tuple[list[list[Message]], float]]  # conversations and weight of each
@@ -364,7 +336,7 @@ def main() -> None:
     optimizer = make_optimizer(model, config.lr, config.weight_decay, betas=(0.9, 0.999))
     guard = SpikeGuard()
     identity = {"model": asdict(model.config), "data": data.packer.fingerprint()}
-    same = ("seed", "lr", "schedule", "steps", "batch_size", "optimizer", "loss", "quoting", "bare")
+    same = ("seed", "lr", "schedule", "steps", "batch_size", "optimizer", "loss")
     identity |= {name: getattr(config, name) for name in same}
     checkpoints = Checkpointer(run, model, optimizer, identity)
     state = checkpoints.resume(guard)
@@ -376,15 +348,9 @@ def main() -> None:
     run.progress(steps)
     speed = Speedometer(run, flops_per_token(model.config, config.seq_len))
     step, tokens, trained = run.start_step, state.get("tokens", 0), state.get("trained", 0)
-    parts, first = [], 0  # (first step, number of steps, data): copying, bare lines, the conversations
-    for share, packer in data.lessons:
-        parts.append((first, round(share * steps), packer))
-        first += round(share * steps)
-    parts.append((first, steps - first, data.packer))
     while step < steps:
         with speed.waiting():
-            first, length, packer = [part for part in parts if part[0] <= step][-1]
-            items = packer.step(step - first)
+            items = data.packer.step(step)
             micros = micro_batches(
                 items, config.seq_len, config.pack, config.micro_batch_size, run.rank, run.world_size
             )
@@ -393,8 +359,6 @@ def main() -> None:
             sum((micro.doc_ids >= 0).sum() for micro in micros),
             sum(micro.tokens.numel() for micro in micros),
         )
-        if step == first:
-            guard.forget()
 
         # One optimizer step: the gradient of the summed loss / N, accumulated over micro-batches.
         divisor = max(1, counted) if config.loss == "token" else config.batch_size
@@ -404,7 +368,7 @@ def main() -> None:
             (nats / divisor).backward()
             loss_sum += nats.detach()
         loss = run.sum(loss_sum)[0] / max(1, counted)
-        values = take_step(model, optimizer, guard, replace(config, steps=length), step - first, loss)
+        values = take_step(model, optimizer, guard, config, step, loss)
 
         step, tokens, trained = step + 1, tokens + int(real), trained + int(counted)
         speed.add(int(real))

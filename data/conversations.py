@@ -556,37 +556,6 @@ def generate(
     return examples
 
 
-Line = list[tuple[str, bool]]  # pieces of text, and whether they are trained
-
-
-def quotes(count: int, seed: int = 0) -> list[Line]:
-    """Words in no order with a number or a name among them, said again: only copying can be learnt here."""
-    rng = random.Random(f"{seed}/quotes")
-    texts = [text for line in bare_lines(1000, seed) for text, trained in line if not trained]
-    words = sorted({word for text in texts for word in re.findall(r"[a-z]+|[\u4e00-\u9fff]{1,3}", text)})
-    lines = []
-    for _ in range(count):
-        draw = Draw(rng, "train", rng.choice(("en", "zh")))
-        number = "".join(rng.choices("0123456789", k=rng.randint(1, 4)))
-        said = rng.choice((number, number, made_up(draw), rng.choice(NAMES[draw.language])))
-        around = " ".join(rng.choices(words, k=rng.randint(2, 6)))
-        lines.append([(f"{around} {said}?", False), (f" {said}\n", True)])
-    return lines
-
-
-def bare_lines(count: int, seed: int = 0) -> list[Line]:
-    """Training conversations without openings, headers and thoughts: what is asked, and what is written."""
-    lines = []
-    for example in generate(count, "train", seed):
-        if not example.kind.endswith("tool off"):  # that is told by the opening
-            line = []
-            for turn in example.messages[1:]:
-                parts = (turn.get(part) for part in ("commands", "results", "content"))
-                line.append(("\n".join(filter(None, parts)) + "\n", turn["role"] == "assistant"))
-            lines.append(line)
-    return lines
-
-
 def is_right(example: Example, reply: str) -> bool:
     """Whether a reply says what it must; a number counts only as a whole one."""
     number = re.fullmatch(r"-?\d+", example.answer)

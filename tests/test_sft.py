@@ -25,7 +25,7 @@ from tests.conftest import ROOT, run_processes
 SHAPE = "--layers 1 --dim 32 --heads 2 --vocab_size 500".split()
 RUN = "--device cpu --seq_len 384 --batch_size 8 --micro_batch_size 4 --steps 6 --lr 1e-2".split()
 RUN += "--optimizer adamw --warmup_steps 2 --min_lr 0 --schedule cosine".split()
-SMALL = "--examples 60 --questions 1 --quoting 0 --bare 0 --eval_examples 20 --samples 1".split()
+SMALL = "--examples 60 --questions 1 --eval_examples 20 --samples 1".split()
 SMALL += "--eval_every 0 --save_every 2 --log_every 1".split()
 FAST = [*SHAPE, *RUN, *SMALL]
 
@@ -233,14 +233,6 @@ def test_every_epoch_visits_each_source_by_its_weight() -> None:
     assert orders[0] != orders[1]
     again = Packer(packer.sources, 1, seed=3)
     assert [len(again.step(i)[0].ids) for i in range(11)] == orders[0]
-
-
-def test_bare_lines_come_first(tmp_path: Path) -> None:
-    """Copying before the format: the first steps train most tokens of short lines without openings."""
-    run(tmp_path / "a", "--bare", "0.5")
-    records = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
-    share = {r["step"]: r["trained_tokens"] / r["tokens"] for r in records if "tokens" in r}
-    assert share[3] > 0.5 and share[6] < share[3]  # the two are sums over all steps so far
 
 
 def test_quality_tags(tmp_path: Path) -> None:
