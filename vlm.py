@@ -106,7 +106,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         chat_format="pure",
         optimizer="muon",
-        steps=4500,
+        steps=6000,
         seq_len=320,
         batch_size=16,
         micro_batch_size=16,
