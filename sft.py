@@ -68,7 +68,7 @@ class Config(RunConfig):
     dim: int = 96
     heads: int = 3
     vocab_size: int = 700
-    eval_examples: int = 136  # generated questions asked before and after, in each held-out split
+    eval_examples: int = 144  # generated questions asked before and after, in each held-out split
     samples: int = 3  # validation prompts answered in the log
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class Config(RunConfig):
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        examples=16_000, questions=3, steps=2000, seq_len=640, batch_size=12, optimizer="muon", lr=2.5e-3,
+        examples=20_000, questions=3, steps=2600, seq_len=640, batch_size=12, optimizer="muon", lr=2.5e-3,
         min_lr=2.5e-5, warmup_steps=20, weight_decay=0.01, log_every=50, eval_every=500, save_every=500,
     ),
     "small": dict(
@@ -289,11 +289,12 @@ def report(model: Transformer, data: Data, config: Config, run: Run) -> dict[str
 def ask(model: Transformer, data: Data, config: Config, run: Run) -> dict[str, float]:
     """Share of right replies to generated questions, by split and kind; of right and well-formed commands.
 
-    Greedy, with the tools run for real; each process asks a part of the questions.
+    Greedy, with the tools run for real; each process asks a part. With --data there are no questions.
     """
     index = tools.SearchIndex(documents())
     kinds = {f"{split}/{e.kind}" for split, examples in data.questions.items() for e in examples}
-    names = [*data.questions, *sorted(kinds), "well-formed commands", "right commands"]
+    commands = [f"{split}/{what} commands" for split in data.questions for what in ("well-formed", "right")]
+    names = [*data.questions, *sorted(kinds), *commands]
     tally = {name: [0, 0] for name in names}  # right, asked
 
     def count(name: str, good: bool) -> None:
@@ -309,10 +310,10 @@ def ask(model: Transformer, data: Data, config: Config, run: Run) -> dict[str, f
             count(split, is_right(example, reply["content"]))
             count(f"{split}/{example.kind}", is_right(example, reply["content"]))
             if example.command:
-                commands = tools.parse_commands(reply.get("commands", ""))
-                count("well-formed commands", bool(commands))
-                count("right commands", commands == [example.command])
-    sums = run.sum(*(value for name in names for value in tally[name]))
+                called = tools.parse_commands(reply.get("commands", ""))
+                count(f"{split}/well-formed commands", bool(called))
+                count(f"{split}/right commands", called == [example.command])
+    sums = run.sum(*(value for name in names for value in tally[name])) if names else []
     pairs = zip(names, sums[::2], sums[1::2], strict=True)
     return {f"accuracy/{name}": right / asked for name, right, asked in pairs if asked}
 

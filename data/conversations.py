@@ -193,6 +193,9 @@ GREETINGS = {
         ("Good morning, my name is {name}.", "Good morning, {name}! What can I do for you?"),
         ("Thank you, says {name}.", "You are welcome, {name}!"),
         ("{name} says goodbye.", "Goodbye, {name}! See you soon."),
+        ("Hi there, my name is {name}.", "Hello {name}, how can I help you?"),
+        ("{name} here. Good morning!", "Good morning, {name}! What can I do for you?"),
+        ("Hello, it is {name} here.", "Hello {name}, how can I help you?"),
         ("Hello there, {name} here.", "Hello {name}, how can I help you?"),
     ],
     "zh": [
@@ -200,6 +203,9 @@ GREETINGS = {
         ("早上好，我叫{name}。", "早上好，{name}！我能为你做什么？"),
         ("{name}说谢谢你。", "不客气，{name}！"),
         ("{name}要说再见了。", "再见，{name}！下次见。"),
+        ("你好，我的名字叫{name}。", "你好，{name}！有什么可以帮你的吗？"),
+        ("嗨，我是{name}。", "你好，{name}！有什么可以帮你的吗？"),
+        ("我的名字是{name}，早上好。", "早上好，{name}！我能为你做什么？"),
         ("嗨，我的名字是{name}。", "你好，{name}！有什么可以帮你的吗？"),
     ],
 }
@@ -297,6 +303,14 @@ STORIES = {  # sign, question, reply
         ("*", "One ticket costs {a} euros. What do {b} tickets cost?", "They cost {c} euros."),
         ("+", "I had {a} stamps and got {b} more. How many do I have now?", "You have {c} stamps."),
         ("-", "A shop had {a} lamps and sold {b}. How many are left?", "There are {c} left."),
+        ("*", "Every one of {a} boats has {b} seats. How many seats is that?", "There are {c} seats."),
+        ("+", "There are {a} cats and {b} dogs. How many animals is that?", "There are {c} animals."),
+        ("-", "Of {a} eggs, {b} are broken. How many are whole?", "There are {c} whole ones."),
+        (
+            "*",
+            "A team of {a} people eats {b} rolls each. How many rolls do they need?",
+            "They need {c} rolls.",
+        ),
         ("*", "Each of {a} shelves carries {b} books. How many books is that?", "There are {c} books."),
     ],
     "zh": [
@@ -304,6 +318,10 @@ STORIES = {  # sign, question, reply
         ("*", "一张票{a}元，{b}张票多少钱？", "一共{c}元。"),
         ("+", "我有{a}张邮票，又得到{b}张，现在有多少张？", "现在有{c}张。"),
         ("-", "商店有{a}盏灯，卖掉{b}盏，还剩多少盏？", "还剩{c}盏。"),
+        ("*", "{a}条船，每条有{b}个座位，一共多少座位？", "一共有{c}个。"),
+        ("+", "有{a}只猫和{b}只狗，一共多少只动物？", "一共有{c}只。"),
+        ("-", "{a}个鸡蛋，坏了{b}个，还有多少个好的？", "还有{c}个。"),
+        ("*", "{a}个人，每人吃{b}个包子，一共要多少个包子？", "一共要{c}个。"),
         ("*", "{a}个书架，每个放{b}本书，一共多少本？", "一共有{c}本。"),
     ],
 }
@@ -472,7 +490,7 @@ PLAIN = {f.__name__: f for f in (arithmetic, dates, units, small_talk, refusal, 
 WITH_TOOLS = {f.__name__: f for f in (calculation, no_result, equation, search, picture)}
 TIMES = {  # the rest once; tools on
     "dates": 2, "units": 2, "small_talk": 3, "reference": 3, "repeat": 3,
-    "calculation": 6, "equation": 2, "search": 4, "picture": 2,
+    "calculation": 6, "equation": 2, "search": 4, "picture": 4,
 }  # fmt: skip
 TOOL_OF = {
     "calculation": "Calculate",

@@ -12,7 +12,7 @@ from data.readers import check, noise
 
 @pytest.fixture(scope="module")
 def examples() -> dict[str, list[Example]]:
-    return {split: generate(900, split) for split in ("train", "value", "template")}
+    return {split: generate(1800, split) for split in ("train", "value", "template")}
 
 
 def question(example: Example) -> str:
@@ -20,7 +20,7 @@ def question(example: Example) -> str:
 
 
 def test_same_arguments_give_same_examples(examples: dict[str, list[Example]]) -> None:
-    assert generate(900) == examples["train"]
+    assert generate(1800) == examples["train"]
     assert generate(50, seed=1) != examples["train"][:50]
 
 
