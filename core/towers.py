@@ -24,14 +24,13 @@ from core.vision_checkpoint import save_vision_encoder
 from model import VISION_PRESETS, VisionConfig, VisionEncoder, normalise
 
 LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-GRID = VISION_PRESETS["dino-tiny"].grid
 # Fields of what a patch shows; class 0 of each is background, or nothing of the kind.
 CLASSES = {"shape": len(SHAPES) + 2, "size": len(SIZES) + 1, "colour": len(COLOURS) + 1}
 CLASSES["letter"] = len(LETTERS) + 1
-CLASSES["place"] = GRID**2 + 1  # of the patch, whatever it shows
+CLASSES["row"] = CLASSES["column"] = 3 + 1  # of the patch among the scene's cells, whatever it shows
 POOL, TEST = 3000, 200  # scenes to learn from, and to be asked about afterwards
 # Each encoder's fields, and its share of the steps.
-LEARNT = {"dino-tiny": (("shape", "size", "place"), 0.6), "siglip-tiny": (("colour", "letter"), 1.0)}
+LEARNT = {"dino-tiny": (("shape", "size", "row", "column"), 0.6), "siglip-tiny": (("colour", "letter"), 1.0)}
 
 
 def one_letter(scene: Scene) -> Scene:
@@ -43,6 +42,7 @@ def patch_classes(scene: Scene, grid: int) -> Tensor:
     """[grid * grid, fields] int64: what each patch shows, in the order of CLASSES. `grid` is a multiple of
     3."""
     cells = torch.zeros(3, 3, len(CLASSES), dtype=torch.long)
+    cells[..., -2], cells[..., -1] = 1 + torch.arange(3)[:, None], 1 + torch.arange(3)
     for item in scene.items:
         known = [
             [*SHAPES, "text"].index(item.shape),
@@ -51,9 +51,7 @@ def patch_classes(scene: Scene, grid: int) -> Tensor:
         ]
         known += [LETTERS.index(letter) for letter in item.text[:1]]
         cells[divmod(list(POSITIONS).index(item.position), 3)][: len(known)] = 1 + torch.tensor(known)
-    patches = cells.repeat_interleave(grid // 3, 0).repeat_interleave(grid // 3, 1).flatten(0, 1)
-    patches[:, -1] = 1 + torch.arange(grid**2)
-    return patches
+    return cells.repeat_interleave(grid // 3, 0).repeat_interleave(grid // 3, 1).flatten(0, 1)
 
 
 def patch_loss(scores: Tensor, classes: Tensor, fields: tuple[str, ...]) -> Tensor:

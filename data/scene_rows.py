@@ -25,6 +25,7 @@ HELD_OUT = {("purple", "star"), ("yellow", "triangle"), ("black", "circle")}  # 
 CHINESE = COLOURS | SHAPES | SIZES | POSITIONS | {"above": "上面", "below": "下面"}
 CHINESE_WORDS = re.compile(f"({'|'.join(sorted(set(CHINESE.values()), key=len, reverse=True))})")
 KINDS = ("colour", "shape", "size", "position", "count", "exist", "relation", "digit", "letter", "caption")
+TIMES = {"position": 2, "relation": 4}  # tries in a conversation, the rest once: what is learnt last
 
 
 @dataclass(frozen=True)
@@ -224,12 +225,13 @@ class SceneRows(Rows):
         asker, first = Asker(scene, rng.choice(self.languages), rng), None
         while not self.fits(i, first):  # it was possible once
             first = getattr(asker, self.kind(i))()
-        questions = {self.kind(i): first}
-        short = [kind for kind in self.kinds if kind != "caption"]  # a caption outweighs all the others
-        for other in rng.sample(short, len(short)):
+        questions = {first.text: (self.kind(i), first)}
+        others = [kind for kind in self.kinds if kind != "caption"]  # captions outweigh all the others
+        others = [kind for kind in others for _ in range(TIMES.get(kind, kind != self.kind(i)))]
+        for other in rng.sample(others, len(others)):
             if len(questions) < self.turns and (question := getattr(asker, other)()):
-                questions.setdefault(other, question)
-        return scene, list(questions.items())
+                questions.setdefault(question.text, (other, question))
+        return scene, list(questions.values())
 
     def record(self, i: int) -> Any:
         """As a row of a LLaVA file."""
