@@ -63,10 +63,16 @@ class Asker:
         return sum(colour in ("", thing.colour) and shape in ("", thing.shape) for thing in things)
 
     def only(self, *fields: str) -> Item | None:
-        """One of the shapes whose fields (colour, shape) no other has."""
-        keys = [tuple(getattr(item, field) for field in fields) for item in self.shapes]
-        single = [item for item, key in zip(self.shapes, keys, strict=True) if keys.count(key) == 1]
+        """One of the shapes whose fields (colour, shape) no other thing has."""
+        keys = [tuple(getattr(item, field) for field in fields) for item in self.scene.items]
+        single = [item for item in self.shapes if keys.count(tuple(getattr(item, f) for f in fields)) == 1]
         return self.rng.choice(single) if single else None
+
+    def named(self) -> tuple[Item, str] | None:
+        """One of the shapes and what no other thing is called: 'red star', 'red thing' or 'star'."""
+        fields = self.rng.choice([("colour", "shape"), ("colour",), ("shape",)])
+        item = self.only(*fields)
+        return item and (item, self.thing(**{field: getattr(item, field) for field in fields}))
 
     def colour(self) -> Question | None:
         if item := self.only("shape"):
@@ -81,15 +87,15 @@ class Asker:
         return None
 
     def size(self) -> Question | None:
-        if item := self.only("colour", "shape"):
-            thing = self.thing(item.colour, item.shape)
+        if named := self.named():
+            item, thing = named
             text = self.say(f"Is the {thing} small or large?", f"{thing}是大还是小？")
             return Question(text, self.word(item.size), pairs(item))
         return None
 
     def position(self) -> Question | None:
-        if item := self.only("colour", "shape"):
-            thing = self.thing(item.colour, item.shape)
+        if named := self.named():
+            item, thing = named
             return Question(
                 self.say(f"Where is the {thing}?", f"{thing}在哪里？"), self.word(item.position), pairs(item)
             )
@@ -129,14 +135,14 @@ class Asker:
         return Question(text, self.say("yes", "有") if yes else self.say("no", "没有"), about)
 
     def relation(self) -> Question | None:
-        """On which side of one thing another is; each is named by a colour and a shape."""
-        first, second = self.only("colour", "shape"), self.only("colour", "shape")
-        if first is None or second is None or first == second:
+        """On which side of one thing another is."""
+        one, other = self.named(), self.named()
+        if one is None or other is None or one[0] == other[0]:
             return None
+        (first, a), (second, b) = one, other
         down, right = (a - b for a, b in zip(cell(first), cell(second), strict=True))
         sides = [("left", "right", right)] * (right != 0) + [("above", "below", down)] * (down != 0)
         less, more, way = self.rng.choice(sides)
-        a, b = self.thing(first.colour, first.shape), self.thing(second.colour, second.shape)
         english = f"Is the {a} {less} or {more} {'of ' if less == 'left' else ''}the {b}?"
         chinese = f"{a}在{b}的{CHINESE[less]}还是{CHINESE[more]}？"
         return Question(

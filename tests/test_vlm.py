@@ -2,6 +2,7 @@
 controls."""
 
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -19,6 +20,7 @@ from core.checkpoint import load_pretrained, tensor_names
 from core.config import UsageError, UserError
 from core.generate import Sampling, generate, stream
 from core.scenes import COLOURS, SHAPES, Scene, draw
+from core.scenes import Item as Thing
 from core.towers import CLASSES, patch_classes
 from core.vlm_checkpoint import load_published_vlm, load_vlm, load_vlm_tower
 from data.chat import render
@@ -502,14 +504,22 @@ def test_published_layouts(layout: str, tower: VisionTower, tmp_path: Path) -> N
         load_published_vlm(tmp_path / "other.safetensors", model.config, tower)
 
 
+def names(item: Thing) -> set[str]:
+    """What a thing may be called, in both languages."""
+    colour, shape = COLOURS[item.colour], SHAPES.get(item.shape, "-")
+    english = {f"{item.colour} {item.shape}", f"{item.colour} thing", item.shape}
+    return english | {colour + shape, f"{colour}东西", shape}
+
+
 def side_is_true(scene: Scene, said: str, side: str) -> bool:
     """Whether the thing named first stands on that side of the one named second."""
-    named = {}
-    for item in scene.items:
-        for name in (f"{item.colour} {item.shape}", COLOURS[item.colour] + SHAPES.get(item.shape, "-")):
-            if name in said:
-                named[said.index(name)] = cell(item)
-    (row, column), (other_row, other_column) = (named[place] for place in sorted(named))
+    english = "Is the (.+) (?:left or right of|above or below) the (.+)[?]"
+    phrases = [p for p in re.fullmatch(f"{english}|(.+)在(.+)的..还是..？", said).groups() if p]
+    cells = []
+    for phrase in phrases:
+        (found,) = [item for item in scene.items if phrase in names(item)]
+        cells.append(cell(found))
+    (row, column), (other_row, other_column) = cells
     true = {"left": column < other_column, "right": column > other_column}
     true |= {"above": row < other_row, "below": row > other_row}
     return true[{CHINESE[name]: name for name in true}.get(side, side)]
@@ -535,6 +545,8 @@ def test_scene_questions_have_exact_answers() -> None:
                 assert question.answer in (("yes", "有") if number else ("no", "没有"))
             if kind == "relation":
                 assert side_is_true(scene, said, question.answer)
+            if kind in ("size", "position"):  # of the one thing that is called so
+                assert number == 1
     new = SceneRows(90, seed=5, held_out=True)
     assert all(pairs(*new.make(i)[0].items) & HELD_OUT for i in range(90))
     scene, _ = rows.make(0)
