@@ -33,7 +33,7 @@ SEED = 10_000  # of the questions, none of which a run has seen
 
 def sums() -> list[Example]:
     """Held-out sums, with every tool on or off as it happens, and the calculator on."""
-    kinds = generate(5 * SUMS, "value", SEED)
+    kinds = generate(8 * SUMS, "value", SEED)
     return [example for example in kinds if example.kind == "calculation"][:SUMS]
 
 
