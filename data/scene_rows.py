@@ -232,8 +232,9 @@ class SceneRows(Rows):
         while not self.fits(i, first):  # it was possible once
             first = getattr(asker, self.kind(i))()
         questions = {first.text: (self.kind(i), first)}
-        others = [kind for kind in self.kinds if kind != "caption"]  # captions outweigh all the others
-        others = [kind for kind in others for _ in range(TIMES.get(kind, kind != self.kind(i)))]
+        done = ("caption", self.kind(i))  # a caption outweighs all the others
+        others = [kind for kind in self.kinds if kind in TIMES or kind not in done]
+        others = [kind for kind in others for _ in range(TIMES.get(kind, 1))]
         for other in rng.sample(others, len(others)):
             if len(questions) < self.turns and (question := getattr(asker, other)()):
                 questions.setdefault(question.text, (other, question))
