@@ -50,64 +50,65 @@ class Stage:
     minutes: float = 1.0  # of one core at tiny size, to estimate what remains
 
 
-# Which models are evaluated at the end, on which tasks of data/tasks.py.
+# Which models are evaluated at the end, on which tasks of data/tasks.py. Reinforcement makes right answers
+# likelier, the most probable one may be right before: so `steps` is sampled.
 EVALUATED = {
-    "base": "bpb,instructions,steps",
+    "base": "bpb,instructions,steps --temperature 1",
     "instruct": "bpb,instructions,instructions_reworded",
     "dpo": "instructions",
     "tagged": "instructions",
-    "thoughts": "steps",
-    "reasoning": "steps",
+    "thoughts": "steps --temperature 1",
+    "reasoning": "steps --temperature 1",
     "vlm": "scenes,scenes_new_pairs",
 }
 
 # fmt: off
 STAGES = (
     Stage("base", "a tokenizer and a language model, from text that is already on this machine",
-          "pretrain.py {run}", minutes=4),
+          "pretrain.py {run}", minutes=3),
     Stage("towers", "two small vision encoders, on drawn scenes",
-          "vlm.py {run} --stage towers", minutes=1.5),
+          "vlm.py {run} --stage towers", minutes=1),
     Stage("instruct", "the base model, on generated conversations in English and Chinese, with tools",
-          "sft.py {run} --init_from {road}/base/model", ("base",), minutes=9),
+          "sft.py {run} --init_from {road}/base/model", ("base",), minutes=19),
     Stage("pairs", "pairs of the instruct model's own answers, told apart by rules that check them",
           "data/pairs.py --model {road}/instruct/model --prompts conversations --count 400 "
-          "--max_new_tokens 64 --seed {seed} --out {out}", ("instruct",), minutes=1.5),
+          "--max_new_tokens 64 --seed {seed} --out {out}", ("instruct",), minutes=0.8),
     Stage("dpo", "the instruct model, on these pairs (Moxin's way)",
           "dpo.py {run} --init_from {road}/instruct/model --data {road}/pairs/pairs.jsonl "
           "--eval_prompts conversations --eval_samples 1 --chat_format moss --seq_len 384 --batch_size 8 "
           "--micro_batch_size 2 --lr 1e-4 --max_new_tokens 64 --eval_every 0",
-          ("instruct", "pairs"), minutes=1.5),
+          ("instruct", "pairs"), minutes=0.3),
     Stage("preference", "a model of which answer is better, on these pairs (MOSS's way)",
           "preference.py {run} --init_from {road}/instruct/model --data {road}/pairs/pairs.jsonl "
           "--chat_format moss --seq_len 384 --batch_size 8 --micro_batch_size 2 --epochs 2 --lr 3e-4",
-          ("instruct", "pairs"), minutes=1),
+          ("instruct", "pairs"), minutes=0.2),
     Stage("tags", "its scores of all answers, as tags from worst to best",
           "preference.py {run} --score {road}/pairs/pairs.jsonl --scorer {road}/preference/model "
           "--chat_format moss --seq_len 384 --micro_batch_size 4",
-          ("pairs", "preference"), minutes=0.5),
+          ("pairs", "preference"), minutes=0.3),
     Stage("tagged", "the instruct model, on its own answers with their tags",
           "sft.py {run} --init_from {road}/instruct/model --data {road}/tags/tagged.jsonl "
           "--chat_format moss --quality_tags --keep_noisy --steps 80 --batch_size 8 --lr 1e-3 "
-          "--optimizer adamw --eval_every 0", ("instruct", "tags"), minutes=1.5),
+          "--optimizer adamw --eval_every 0", ("instruct", "tags"), minutes=0.5),
     Stage("problems", "problems of several steps, solved aloud by rule",
           "data/problems.py steps 3000 {out}/thoughts.jsonl", minutes=0.1),
     Stage("thoughts", "the base model, on these solutions (a chain of thought)",
           "sft.py {run} --init_from {road}/base/model --data {road}/problems/thoughts.jsonl "
-          "--chat_format tulu --seq_len 256 --batch_size 16 --steps 250 --eval_every 0",
-          ("base", "problems"), minutes=1.3),
+          "--chat_format tulu --seq_len 256 --batch_size 16 --steps 300 --eval_every 0",
+          ("base", "problems"), minutes=0.6),
     Stage("reasoning", "that model, by reinforcement on problems of the same kind (GRPO)",
           "grpo.py {run} --init_from {road}/thoughts/model --data steps --max_new_tokens 64 "
-          "--seq_len 128 --prompts 16 --batch_size 64 --micro_batch_size 32 --steps 40 --warmup_steps 4 "
-          "--lr 1e-4 --eval_problems 100 --eval_samples 4 --eval_every 0",
+          "--seq_len 128 --prompts 32 --batch_size 128 --micro_batch_size 32 --steps 100 --warmup_steps 4 "
+          "--lr 3e-4 --eval_problems 100 --eval_samples 4 --eval_every 0",
           ("thoughts",), minutes=1.5),
     Stage("vlm", "the instruct model with both encoders, on questions about drawn scenes",
           "vlm.py {run} --init_from {road}/instruct/model "
           "--vision {road}/towers/towers/dino-tiny {road}/towers/towers/siglip-tiny --steps 900 "
           "--batch_size 8 --micro_batch_size 8 --eval_rows 270",
-          ("instruct", "towers"), minutes=5.5),
+          ("instruct", "towers"), minutes=3),
     *(Stage(f"eval-{name}", f"the model of {name}, on questions that no stage trained on",
             f"eval.py {{run}} --model {{road}}/{name}/model --tasks {tasks} --made 100",
-            (name,), minutes=0.5)
+            (name,), minutes=0.2)
       for name, tasks in EVALUATED.items()),
 )
 # fmt: on
