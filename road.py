@@ -94,13 +94,13 @@ STAGES = (
           "data/problems.py steps 3000 {out}/thoughts.jsonl", minutes=0.1),
     Stage("thoughts", "the base model, on these solutions (a chain of thought)",
           "sft.py {run} --init_from {road}/base/model --data {road}/problems/thoughts.jsonl "
-          "--chat_format tulu --seq_len 256 --batch_size 16 --steps 300 --eval_every 0",
-          ("base", "problems"), minutes=0.6),
+          "--chat_format tulu --seq_len 256 --batch_size 16 --steps 360 --eval_every 0",
+          ("base", "problems"), minutes=1),
     Stage("reasoning", "that model, by reinforcement on problems of the same kind (GRPO)",
           "grpo.py {run} --init_from {road}/thoughts/model --data steps --max_new_tokens 64 "
           "--seq_len 128 --prompts 32 --batch_size 128 --micro_batch_size 32 --steps 100 --warmup_steps 4 "
           "--lr 3e-4 --eval_problems 100 --eval_samples 4 --eval_every 0",
-          ("thoughts",), minutes=1.5),
+          ("thoughts",), minutes=2),
     Stage("vlm", "the instruct model with both encoders, on questions about drawn scenes",
           "vlm.py {run} --init_from {road}/instruct/model "
           "--vision {road}/towers/towers/dino-tiny {road}/towers/towers/siglip-tiny --steps 900 "
