@@ -232,7 +232,7 @@ def score(
     found = torch.zeros(len(couples), 2, dtype=torch.double)
     for micro in micro_batches(couples, config, run):
         found[micro.numbers] = model.scores(micro).cpu()
-    for response, value in zip(responses, run.sum(*found.flatten()), strict=False):
+    for response, value in zip(responses, run.sum(*found.flatten()[: len(responses)]), strict=True):
         response.score = value
     return sum(len(one.ids) > config.seq_len for one in whole)
 

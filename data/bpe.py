@@ -7,6 +7,7 @@ neighbours whose result was learned first, until no two neighbours make a token.
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 
 import regex
 
@@ -40,7 +41,7 @@ def learn_merges(
     pair_counts: dict[tuple[int, int], int] = defaultdict(int)
     words_with: dict[tuple[int, int], set[int]] = defaultdict(set)
     for index, word in enumerate(words):
-        for pair in zip(word, word[1:], strict=False):
+        for pair in pairwise(word):
             pair_counts[pair] += counts[index]
             words_with[pair].add(index)
 
@@ -92,7 +93,7 @@ def apply_merges(content: bytes, ranks: dict[bytes, int], before: float = float(
     first, until none is left. With `before`, only tokens of a lower id are made."""
     parts = [content[i : i + 1] for i in range(len(content))]
     while len(parts) > 1:
-        ids = [ranks.get(left + right, before) for left, right in zip(parts, parts[1:], strict=False)]
+        ids = [ranks.get(left + right, before) for left, right in pairwise(parts)]
         first = ids.index(min(ids))
         if ids[first] >= before:
             break

@@ -186,9 +186,9 @@ def docstrings(text: str) -> list[str]:
     parts = text.split('"""')
     if len(parts) % 2 == 0:
         return []
-    lead = [part.rpartition("\n")[2].strip() for part in parts[0::2]]
+    lead = [part.rpartition("\n")[2].strip() for part in parts[:-1:2]]
     return [
-        inspect.cleandoc(body) for before, body in zip(lead, parts[1::2], strict=False) if before in ("", "r")
+        inspect.cleandoc(body) for before, body in zip(lead, parts[1::2], strict=True) if before in ("", "r")
     ]
 
 

@@ -40,8 +40,9 @@ def choice(prompt: str, options: list[str], gold: int, **fields: Any) -> Item:
 
 def lettered(question: str, options: list[str], gold: int, cue: str = "Answer:", **fields: Any) -> Item:
     """The options are shown with letters, and the letter is the answer."""
-    shown = "".join(f"{letter}. {text}\n" for letter, text in zip(LETTERS, options, strict=False))
-    return choice(f"{question}\n{shown}{cue}", list(LETTERS[: len(options)]), gold, **fields)
+    letters = list(LETTERS[: len(options)])
+    shown = "".join(f"{letter}. {text}\n" for letter, text in zip(letters, options, strict=True))
+    return choice(f"{question}\n{shown}{cue}", letters, gold, **fields)
 
 
 def accuracy(scores: list[float], item: Item) -> Grade:

@@ -636,7 +636,7 @@ def byte_pair_tokenizer(
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: vocabulary and merges do not fit together ({error})") from None
     ids = [token_id for _, token_id in merged]
-    if any(a >= b for a, b in zip(ids, ids[1:], strict=False)) or (ids and max(single.values()) > ids[0]):
+    if any(a >= b for a, b in pairwise(ids)) or (ids and max(single.values()) > ids[0]):
         return None
     ranks = dict(sorted(single.items(), key=lambda item: item[1])) | dict(merged)
     whitespace = {name: token_id for name, token_id in added.items() if is_run(name)}
