@@ -162,8 +162,12 @@ def write_report(
     """Write ROAD/report.html and return its path.
 
     stages: (name, what is trained on what); evaluations: model's name -> folder that eval.py wrote;
-    talks: (heading, evaluation folder, task) of the samples to show.
+    talks: (heading, evaluation folder, task) of the samples to show. Evaluations that were not asked for are
+    left out, and what would be compared with them.
     """
+    evaluations = {
+        name: folder for name, folder in evaluations.items() if (road / folder / "summary.json").exists()
+    }
     ledger, here = read(road / "stages.json"), environment()
     wall = sum(spent["seconds"] for spent in ledger.values())
     cpu = sum(spent["cpu_seconds"] for spent in ledger.values())
@@ -173,6 +177,8 @@ def write_report(
     )
     rows = []
     for asked in comparisons:
+        if not {asked.before, asked.after} <= set(evaluations.values()):
+            continue
         found = compare(road / asked.before, road / asked.after).get(asked.task)
         if found:
             low, high = found["low"], found["high"]

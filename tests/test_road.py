@@ -139,12 +139,13 @@ def test_report_shows_what_is_there_and_escapes_what_a_model_wrote(tmp_path):
     path = write_report(
         tmp_path,
         [("a", "a thing")],
-        {"first": "eval-a", "second": "eval-b"},
-        [Comparison("a", "sums", "eval-a", "eval-b")],
-        [("Sums", "eval-b", "sums")],
+        {"first": "eval-a", "second": "eval-b", "not asked for": "eval-c"},
+        [Comparison("a", "sums", "eval-a", "eval-b"), Comparison("c", "sums", "eval-b", "eval-c")],
+        [("Sums", "eval-b", "sums"), ("More", "eval-c", "sums")],
     )
     page = Text()
     page.feed(path.read_text())
+    assert "not asked for" not in page.text and "More" not in page.text
     assert "script" not in page.tags and "<script>alert(1)</script>" in page.text
     assert "better" in page.text and "+1" in page.text and "1.5" in page.text and "seed 3" in page.text
     assert "http://" not in path.read_text() and "https://" not in path.read_text()
